@@ -1,0 +1,69 @@
+"""Builds the one extension: the Cython edge and the whole C core in a single shared object, exporting nothing
+but its module init. Everything else about the package is in pyproject.toml.
+
+Environment, read at build time only:
+  AREAL_FAST_SANITIZE=address|undefined|thread   an instrumented build (run under the matching LD_PRELOAD)
+  AREAL_FAST_CRASH_POINTS=1                      compile the crash points in; never in a release
+  AREAL_FAST_WERROR=1                            warnings of csrc/ are errors (CI)
+"""
+
+import os
+from glob import glob
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+COMMON = ["-std=gnu11", "-D_GNU_SOURCE", "-fvisibility=hidden", "-fno-strict-aliasing", "-g", "-pthread"]
+CORE_WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion"]
+EDGE_WARNINGS = ["-Wall", "-Wno-unused-function"]
+
+sanitize = os.environ.get("AREAL_FAST_SANITIZE", "")
+crash_points = os.environ.get("AREAL_FAST_CRASH_POINTS") == "1"
+
+compile_args = list(COMMON)
+link_args = ["-pthread"]
+if sanitize:
+    if sanitize not in ("address", "undefined", "thread"):
+        raise SystemExit(f"AREAL_FAST_SANITIZE={sanitize}: address, undefined or thread")
+    flags = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"]
+    if sanitize == "undefined":
+        flags.append("-fno-sanitize-recover=undefined")
+    compile_args += [*flags, "-O1"]
+    link_args += flags
+else:
+    compile_args.append("-O2")
+
+
+class BuildExt(build_ext):
+    """Strict warnings for the C that people wrote, not for the C that Cython wrote."""
+
+    def build_extensions(self):
+        compile_one = self.compiler._compile
+
+        def compile_with_warnings(obj, src, ext, cc_args, extra, pp_opts):
+            ours = src.startswith("csrc")
+            warnings = list(CORE_WARNINGS if ours else EDGE_WARNINGS)
+            if ours and os.environ.get("AREAL_FAST_WERROR") == "1":
+                warnings.append("-Werror")
+            compile_one(obj, src, ext, cc_args, [*extra, *warnings], pp_opts)
+
+        self.compiler._compile = compile_with_warnings
+        super().build_extensions()
+
+
+core = Extension(
+    "areal_fast.core._core",
+    sources=["areal_fast/core/_core.pyx", *sorted(glob("csrc/*.c"))],
+    depends=[*glob("areal_fast/core/*.px[di]"), *sorted(glob("csrc/*.h"))],
+    include_dirs=["csrc"],
+    undef_macros=["NDEBUG"] if sanitize or crash_points else [],
+    define_macros=[("AF_CRASH_POINTS", "1")] if crash_points else [],
+    extra_compile_args=compile_args,
+    extra_link_args=link_args,
+)
+
+setup(
+    ext_modules=cythonize([core], compiler_directives={"language_level": "3"}),
+    cmdclass={"build_ext": BuildExt},
+)
