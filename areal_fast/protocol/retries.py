@@ -1,0 +1,46 @@
+"""Is this chat a repeat of one whose reply never arrived? The identity of a request, as its record keeps it.
+
+The gateway and the SDKs send a POST again when a connection breaks. A chat is answered from its twin's record
+if both carry the same Idempotency-Key, or if the bodies are equal byte for byte (and neither key says
+otherwise) and the twin's reply is known to be lost: its client was gone, or the worker that recorded it died
+before it noted that the reply was out. Equal bodies otherwise are two samples.
+
+A record's `body_hash` is: BLAKE2b-128 of the body, the recording process (records.courier_word), and, if a
+key was given, BLAKE2b-128 of it. A SENT record says afterwards what became of the reply.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import NamedTuple
+
+from areal_fast.protocol.records import NO_COURIER
+
+UNKNOWN, LOST, ARRIVED = range(3)
+_PROCESS = struct.Struct("<Q")
+
+
+class Asked(NamedTuple):
+    """What a request is told apart by. key: b"" if none was given."""
+
+    body: bytes
+    key: bytes = b""
+
+    def pack(self, process: int) -> bytes:
+        return self.body + _PROCESS.pack(process) + self.key
+
+
+def asked(body: bytes, idempotency_key: bytes | None) -> Asked:
+    return Asked(_digest(body), _digest(idempotency_key) if idempotency_key else b"")
+
+
+def unpack(body_hash: bytes) -> tuple[Asked, int]:
+    """(what was asked, the process that recorded it) of a record; nobody's if it has none."""
+    if len(body_hash) < 24:
+        return Asked(b""), NO_COURIER
+    return Asked(body_hash[:16], body_hash[24:]), _PROCESS.unpack_from(body_hash, 16)[0]
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()

@@ -1,0 +1,253 @@
+"""Tensors on the wire: JSON with base64, byte for byte as the original writes it.
+
+A tensor travels as `{"type":"tensor","data":base64,"shape":[…],"dtype":"torch.…"}`, an array as
+`{"type":"ndarray",…,"dtype":"<f4"}`: little-endian, C order. `decode` takes exactly these two. No other type
+tag, class path or pickle is looked at: what is not one of them is refused, and nothing of it is stored.
+
+bfloat16 travels as float32 bytes under dtype torch.bfloat16; it is kept in 2 bytes an element, rounded to
+nearest even as torch does, and widened when sent. The 8-bit floats exist in two forms, their own bytes or
+float32 bytes (what the original's reader expects): whichever came is kept and sent again.
+
+A Tensor here is (dtype text, shape, kept bytes, form); it never becomes a torch object.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pybase64
+
+from areal_fast.errors import ShardRejected
+from areal_fast.protocol.validation import Invalid, integer
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
+
+TORCH_ITEMSIZE: dict[str, int] = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint64": 8,
+    "uint32": 4,
+    "uint16": 2,
+    "uint8": 1,
+    "bool": 1,
+    "complex32": 4,
+    "complex64": 8,
+    "complex128": 16,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+    "float4_e2m1fn_x2": 1,
+    **{f"{sign}int{bits}": 1 for sign in ("", "u") for bits in range(1, 8)},
+    **dict.fromkeys(("bits1x8", "bits2x4", "bits4x2", "bits8"), 1),
+    "bits16": 2,
+}
+"""Every torch dtype whose elements have a fixed size and need no more than their bytes (quantized ones
+do)."""
+
+_ALIASES = {
+    "half": "float16",
+    "float": "float32",
+    "double": "float64",
+    "chalf": "complex32",
+    "cfloat": "complex64",
+    "cdouble": "complex128",
+    "short": "int16",
+    "int": "int32",
+    "long": "int64",
+}
+_WIDE_TOO = frozenset(name for name in TORCH_ITEMSIZE if name.startswith("float8_"))
+
+MAX_DIMS = 64
+_NUMPY_DTYPE = re.compile(r"[<>=|]?[A-Za-z?][A-Za-z0-9_]{0,15}(?:\[[0-9A-Za-z]{1,16}\])?")
+
+Form = Literal["own", "bf16", "wide", "ndarray", "meta"]
+
+
+class Tensor(NamedTuple):
+    """One decoded shard. dtype: "float32" for a tensor, "<f4" for an array. data: the bytes to keep."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+    form: Form
+
+
+class _Body(msgspec.Struct):
+    type: Any = None
+    data: msgspec.Raw = msgspec.Raw(b"")
+    shape: Any = None
+    dtype: Any = None
+
+
+_decoder = msgspec.json.Decoder(_Body)
+_str_decoder = msgspec.json.Decoder(str)
+
+
+def decode(body: Buffer) -> Tensor:
+    """One tensor or array from its JSON. ShardRejected says what is wrong with it."""
+    try:
+        m = _decoder.decode(body)
+    except msgspec.ValidationError:
+        raise ShardRejected("Expected a JSON object of a tensor or an array") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise ShardRejected(f"Invalid JSON: {exc}") from None
+    if m.type not in ("tensor", "ndarray"):
+        raise ShardRejected("Only tensors and arrays are stored: 'type' must be 'tensor' or 'ndarray'")
+    if not isinstance(m.dtype, str):
+        raise ShardRejected("'dtype' must be a string")
+    sizes = _shape(m.shape)
+    if m.type == "ndarray":
+        dtype = _numpy_dtype(m.dtype)
+        data = _base64(m.data)
+        shape = _fit(sizes, len(data), (dtype.itemsize,))[0]
+        return Tensor(dtype.str, shape, data, "ndarray")
+    name = m.dtype.replace("torch.", "")
+    name = _ALIASES.get(name, name)
+    size = TORCH_ITEMSIZE.get(name)
+    if size is None:
+        raise ShardRejected(f"Unknown dtype {m.dtype[:80]!r}")
+    raw = bytes(m.data)
+    if raw == b"null":
+        if any(s < 0 for s in sizes):
+            raise ShardRejected("a shape without data must not have negative sizes")
+        return Tensor(name, sizes, b"", "meta")
+    data = _base64(raw)
+    if name == "bfloat16":
+        shape, _ = _fit(sizes, len(data), (4,))
+        return Tensor(name, shape, narrow_bfloat16(data), "bf16")
+    widths = (1, 4) if name in _WIDE_TOO else (size,)
+    shape, width = _fit(sizes, len(data), widths)
+    return Tensor(name, shape, data, "own" if width == size else "wide")
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > MAX_DIMS:
+        raise ShardRejected(f"'shape' must be a list of at most {MAX_DIMS} integers")
+    try:
+        sizes = tuple(integer(v, ()) for v in value)
+    except Invalid:
+        raise ShardRejected("'shape' must be a list of integers") from None
+    if any(not -1 <= s < 1 << 62 for s in sizes) or sizes.count(-1) > 1:
+        raise ShardRejected("'shape' has a size that no tensor has")
+    return sizes
+
+
+def _fit(sizes: tuple[int, ...], nbytes: int, widths: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """The shape with its -1 filled in, and the element width, of `widths`, that accounts for all bytes."""
+    known = 1
+    for s in sizes:
+        if s != -1:
+            known *= s
+    for width in widths:
+        count, rest = divmod(nbytes, width)
+        if rest:
+            continue
+        if -1 in sizes:
+            if known and count % known == 0:
+                return tuple(count // known if s == -1 else s for s in sizes), width
+        elif known == count:
+            return sizes, width
+    raise ShardRejected(f"shape {list(sizes)[:8]} does not fit {nbytes} bytes of data")
+
+
+def _numpy_dtype(text: str) -> np.dtype[Any]:
+    if not _NUMPY_DTYPE.fullmatch(text):
+        raise ShardRejected(f"Unknown array dtype {text[:80]!r}")
+    try:
+        dtype = np.dtype(text)
+    except (TypeError, ValueError, SyntaxError):
+        raise ShardRejected(f"Unknown array dtype {text[:80]!r}") from None
+    if dtype.kind not in "biufcSUmM" or dtype.itemsize == 0:
+        raise ShardRejected(f"Arrays of dtype {text[:80]!r} are not stored")
+    return dtype
+
+
+def _base64(raw: bytes | msgspec.Raw) -> bytes:
+    view = memoryview(raw)
+    if len(view) < 2 or view[0] != 0x22:
+        raise ShardRejected("'data' must be a base64 string")
+    try:
+        return pybase64.b64decode(view[1:-1], validate=True)
+    except ValueError:
+        pass
+    try:
+        text = _str_decoder.decode(view)
+        return pybase64.b64decode("".join(text.split()).encode("ascii"), validate=True)
+    except (ValueError, msgspec.DecodeError):
+        raise ShardRejected("'data' is not valid base64") from None
+
+
+def narrow_bfloat16(data: bytes) -> bytes:
+    """float32 bytes -> bfloat16 bytes, to nearest even; every NaN becomes 0x7fc0 (as torch rounds)."""
+    bits = np.frombuffer(data, "<u4")
+    rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return np.where(nan, 0x7FC0, rounded).astype("<u2").tobytes()
+
+
+def widen_bfloat16(data: Buffer) -> bytes:
+    """bfloat16 bytes -> float32 bytes."""
+    wide = np.frombuffer(memoryview(data), "<u2").astype("<u4") << np.uint32(16)
+    return bytes(wide.astype("<u4"))
+
+
+def _sizes(shape: tuple[int, ...]) -> bytes:
+    return b"[" + b",".join(b"%d" % s for s in shape) + b"]"
+
+
+def tensor_parts(data: Buffer, shape: tuple[int, ...], dtype: str) -> tuple[bytes, ...]:
+    """JSON of a tensor of this torch dtype, its bytes as they travel, in pieces to be joined once."""
+    return (
+        b'{"type":"tensor","data":"',
+        pybase64.b64encode(data),
+        b'","shape":%b,"dtype":"torch.%b"}' % (_sizes(shape), dtype.encode()),
+    )
+
+
+def encode_parts(dtype: str, shape: tuple[int, ...], data: Buffer, form: Form) -> tuple[bytes, ...]:
+    """JSON of a kept shard, in pieces."""
+    if form == "bf16":
+        return tensor_parts(widen_bfloat16(data), shape, dtype)
+    if form == "meta":
+        return (
+            b'{"type":"tensor","data":null,"shape":%b,"dtype":"torch.%b"}' % (_sizes(shape), dtype.encode()),
+        )
+    if form == "ndarray":
+        return (
+            b'{"type":"ndarray","data":"',
+            pybase64.b64encode(data),
+            b'","shape":%b,"dtype":"%b"}' % (_sizes(shape), dtype.encode()),
+        )
+    return tensor_parts(data, shape, dtype)
+
+
+def encode(dtype: str, shape: tuple[int, ...], data: Buffer, form: Form) -> bytes:
+    """JSON of a kept shard. Inverse of `decode` up to base64 spelling and -1 in shapes."""
+    return b"".join(encode_parts(dtype, shape, data, form))
+
+
+def rtensor_json(shard_id: str, node_addr_json: str, shape: str, dtype: str) -> str:
+    """Reference to a shard: an RTensor whose tensor is a meta tensor of this shape ("[1,24]") and dtype."""
+    return (
+        '{"type":"dataclass","class_path":"areal.infra.rpc.rtensor.RTensor","data":{"shard":'
+        '{"type":"dataclass","class_path":"areal.infra.rpc.rtensor.TensorShardInfo","data":{"shard_id":"'
+        f'{shard_id}","node_addr":{node_addr_json}}}}},"data":{{"type":"tensor","data":null,"shape":{shape},'
+        f'"dtype":"torch.{dtype}"}}}}}}'
+    )
+
+
+IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
