@@ -1,0 +1,130 @@
+"""Header fields, as received and as sent.
+
+Received: names in lower case, in order of arrival; values as bytes without surrounding blanks (Latin-1 on the
+wire; what they mean is for the reader to say). `get` is a dict lookup because handlers do it for every
+request.
+
+Sent: the fixed part of a reply's head is cached by status and content type, the date once a second. No name
+or value from a caller reaches the wire unless it is a token or free of CR, LF and NUL, so that no reply can
+be split by a header (RFC 9110 5.5, RFC 9112 11.1).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Iterator
+from email.utils import formatdate
+from http import HTTPStatus
+
+import msgspec
+
+HeaderPairs = Iterable[tuple[bytes, bytes]]
+
+JSON = b"application/json"
+
+_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+_FRAMING = frozenset({b"content-length", b"transfer-encoding", b"connection", b"date", b"content-type"})
+_MAX_CACHED = 256
+
+
+class Headers:
+    """The header fields of one message. Names are compared in lower case."""
+
+    __slots__ = ("_first", "_pairs")
+
+    def __init__(self, pairs: list[tuple[bytes, bytes]]) -> None:
+        self._pairs = pairs
+        first = dict(pairs)
+        if len(first) != len(pairs):
+            first = dict(reversed(pairs))
+        self._first = first
+
+    def get(self, name: bytes, default: bytes | None = None) -> bytes | None:
+        """The first value of `name` (lower case), or `default`."""
+        return self._first.get(name, default)
+
+    def all(self, name: bytes) -> list[bytes]:
+        return [value for key, value in self._pairs if key == name]
+
+    def has_token(self, name: bytes, token: bytes) -> bool:
+        """Whether a comma-separated field (Connection, say) names `token` (lower case)."""
+        return any(
+            part.strip(b" \t").lower() == token for value in self.all(name) for part in value.split(b",")
+        )
+
+    def __contains__(self, name: bytes) -> bool:
+        return name in self._first
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+        return iter(self._pairs)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Headers) and self._pairs == other._pairs
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Headers({self._pairs!r})"
+
+
+def is_token(name: bytes) -> bool:
+    return _TOKEN.fullmatch(name) is not None
+
+
+def is_value(value: bytes) -> bool:
+    return _VALUE.fullmatch(value) is not None
+
+
+def encode_headers(headers: HeaderPairs) -> bytes:
+    """`name: value` lines. ValueError for what cannot be a header, or what this layer writes itself."""
+    lines = []
+    for name, value in headers:
+        if not is_token(name) or not is_value(value):
+            raise ValueError(f"not a header: {name!r}: {value!r}")
+        if name.lower() in _FRAMING:
+            raise ValueError(f"{name.decode()} is written by the HTTP layer")
+        lines.append(b"%b: %b\r\n" % (name, value))
+    return b"".join(lines)
+
+
+def error_body(detail: str) -> bytes:
+    return msgspec.json.encode({"detail": detail})
+
+
+class ReplyHeads:
+    """Builds reply heads up to, and without, the framing fields. One a server."""
+
+    def __init__(self) -> None:
+        self._prefixes: dict[tuple[int, bytes], bytes] = {}
+        self._second = 0
+
+    def prefix(self, status: int, content_type: bytes) -> bytes:
+        """Status line, date and content type. ValueError if the status or the type cannot be sent."""
+        second = int(time.time())
+        if second != self._second:
+            self._second = second
+            self._prefixes.clear()
+        known = self._prefixes.get((status, content_type))
+        return known if known is not None else self._build(status, content_type)
+
+    def _build(self, status: int, content_type: bytes) -> bytes:
+        if not 200 <= status <= 599:
+            raise ValueError(f"not a final status: {status}")
+        if not is_value(content_type):
+            raise ValueError(f"not a content type: {content_type!r}")
+        built = b"HTTP/1.1 %d %b\r\ndate: %b\r\n" % (
+            status,
+            _REASONS.get(status, b"Unknown"),
+            formatdate(self._second, usegmt=True).encode(),
+        )
+        if content_type:
+            built += b"content-type: %b\r\n" % content_type
+        if len(self._prefixes) < _MAX_CACHED:
+            self._prefixes[(status, content_type)] = built
+        return built
