@@ -1,0 +1,308 @@
+"""One generation, whatever happens to the engine in between: pause, abort, weight update, resubmission.
+
+A weight update pauses the engine, which aborts what it was generating. The tokens so far are good: they
+were sampled from the weights in force when their attempt was sent. So the attempt's tokens are kept with
+that version, the generation waits until nobody is paused, and asks again with prompt + tokens so far and
+the remaining budget; at most `MAX_ATTEMPTS` calls, after which the answer counts as cut off by length.
+Versions travel as runs (version, tokens).
+
+Streaming is the same loop: tokens are handed to `on_tokens` as they come, and go on after an abort.
+
+Invariants: sum of the runs' tokens = len(output_ids) = len(logprobs) ≤ max_new_tokens asked for; tokens
+handed to `on_tokens`, in order, are output_ids; an exception means that nothing of the generation may be
+recorded.
+
+Must not: know sessions or HTTP statuses of our own API, retry a call that failed (the engine may have done
+it).
+Source: areal.experimental.inference_service.inf_bridge (agenerate).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import AsyncIterator, Callable
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from areal_fast.engine.errors import EngineError, EngineFault, EngineTimeout, EngineUnreachable
+from areal_fast.engine.sampling import Sampling
+from areal_fast.engine.segments import Prompt
+from areal_fast.engine.sglang import Attempt, Call, RoutedExperts, SGLang
+from areal_fast.engine.sse import EventSplitter, EventTooLong
+from areal_fast.engine.tokenizer import as_prompt
+from areal_fast.engine.vllm import VLLM
+from areal_fast.http import BrokenReply, ConnectFailed, Timeout
+
+MAX_ATTEMPTS = 20
+PAUSE_POLL_S = 0.02
+CONTROL_TIMEOUT_S = 10.0
+MEMORY_TIMEOUT_S = 30.0
+_FINAL = frozenset({"stop", "length", "tool_calls"})
+
+
+class EngineState(Protocol):
+    """The words all workers share."""
+
+    def paused(self) -> bool: ...
+
+    def version(self) -> int: ...
+
+
+class Stream(Protocol):
+    """Part of areal_fast.http's StreamReply that is used here."""
+
+    @property
+    def status(self) -> int: ...
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+
+    def close(self) -> None: ...
+
+
+class Answer(Protocol):
+    """Part of areal_fast.http's Reply that is used here."""
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def body(self) -> bytes: ...
+
+
+class Transport(Protocol):
+    """Part of areal_fast.http.Client that is used here. Bodies go as JSON."""
+
+    async def request(self, method: str, path: str, body: bytes, *, timeout_s: float) -> Answer: ...
+
+    async def stream(self, method: str, path: str, body: bytes, *, timeout_s: float) -> Stream: ...
+
+
+class Adapter(Protocol):
+    """An engine's API: sglang.SGLang, vllm.VLLM."""
+
+    name: str
+
+    def generate(
+        self, prompt_json: bytes, sampling: Sampling, max_new_tokens: int, *, stream: bool
+    ) -> Call: ...
+
+    def continues(self, sampling: Sampling) -> bool: ...
+
+    def parse(self, body: bytes) -> Attempt: ...
+
+    def read_stream(self) -> StreamReader: ...
+
+    def pause(self) -> Call: ...
+
+    def resume(self) -> Call: ...
+
+    def release_memory(self) -> Call: ...
+
+    def resume_memory(self, tags: list[str] | None) -> Call: ...
+
+
+class StreamReader(Protocol):
+    def add(self, data: bytes) -> list[int]: ...
+
+    def end(self) -> Attempt: ...
+
+
+def adapter_for(backend_type: str) -> Adapter:
+    """The adapter of --backend-type: sglang or vllm."""
+    return VLLM() if backend_type == "vllm" else SGLang()
+
+
+class VersionRun(NamedTuple):
+    """`tokens` output tokens in a row that were sampled under weight `version`."""
+
+    version: int
+    tokens: int
+
+
+class Generation(msgspec.Struct):
+    """A finished generation."""
+
+    output_ids: array[int]
+    """array('i'), trailing stop tokens included."""
+    logprobs: array[float]
+    """array('f'), one a token."""
+    version_runs: list[VersionRun]
+    stop_reason: str
+    """stop, length or tool_calls."""
+    attempts: int
+    routed_experts: list[RoutedExperts]
+    """One an attempt that brought any; undecoded."""
+
+
+class Engine:
+    """The engine behind one base URL. Any number of generations at once; all on one loop."""
+
+    def __init__(
+        self,
+        client: Transport,
+        state: EngineState,
+        *,
+        adapter: Adapter | None = None,
+        request_timeout_s: float = 120.0,
+        address: str = "",
+    ) -> None:
+        """`client` is a areal_fast.http.Client for the engine's base URL; `address` is for error texts."""
+        self._client = client
+        self._state = state
+        self._adapter: Adapter = SGLang() if adapter is None else adapter
+        self._timeout_s = request_timeout_s
+        self.address = address
+
+    async def generate(
+        self,
+        prompt: Prompt | array[int],
+        sampling: Sampling,
+        *,
+        on_tokens: Callable[[list[int]], None] | None = None,
+    ) -> Generation:
+        """Generate to the end. With `on_tokens` the engine streams, and each new run of ids is handed over
+        at once.
+
+        Raises EngineUnreachable, EngineTimeout, EngineError; then nothing may be recorded.
+        """
+        prompt_json = as_prompt(prompt).json
+        ids = array("i")
+        logprobs = array("f")
+        runs: list[VersionRun] = []
+        routed: list[RoutedExperts] = []
+        stop = "length"
+        attempts = 0
+        while attempts < MAX_ATTEMPTS and len(ids) < sampling.max_new_tokens:
+            await self._until_running()
+            if ids and not self._adapter.continues(sampling):
+                if on_tokens is not None:
+                    raise EngineError("Engine was interrupted in an answer that it cannot continue")
+                del ids[:], logprobs[:], runs[:], routed[:]
+            version = self._state.version()
+            attempts += 1
+            call = self._adapter.generate(
+                _continued(prompt_json, ids),
+                sampling,
+                sampling.max_new_tokens - len(ids),
+                stream=on_tokens is not None,
+            )
+            if on_tokens is None:
+                attempt = self._adapter.parse(await self.call(call, timeout_s=self._timeout_s))
+            else:
+                attempt = await self._streamed(call, on_tokens)
+            if attempt.ids:
+                ids.extend(attempt.ids)
+                logprobs.extend(attempt.logprobs)
+                _add_run(runs, version, len(attempt.ids))
+            if attempt.routed_experts is not None:
+                routed.append(attempt.routed_experts)
+            if attempt.stop in _FINAL:
+                stop = attempt.stop
+                break
+            if not attempt.ids:
+                # interrupted before it began: whoever did it is about to say so in the shared words
+                await asyncio.sleep(PAUSE_POLL_S)
+        return Generation(
+            output_ids=ids,
+            logprobs=logprobs,
+            version_runs=runs,
+            stop_reason=stop,
+            attempts=attempts,
+            routed_experts=routed,
+        )
+
+    async def _until_running(self) -> None:
+        while self._state.paused():
+            await asyncio.sleep(PAUSE_POLL_S)
+
+    async def _streamed(self, call: Call, on_tokens: Callable[[list[int]], None]) -> Attempt:
+        reader = self._adapter.read_stream()
+        splitter = EventSplitter()
+        with self._faults(self._timeout_s):
+            reply = await self._client.stream("POST", call.path, call.body, timeout_s=self._timeout_s)
+            try:
+                if reply.status >= 300:
+                    parts = [chunk async for chunk in reply]
+                    raise _refused(reply.status, b"".join(parts))
+                async for chunk in reply:
+                    for data in splitter.feed(chunk):
+                        new = reader.add(data)
+                        if new:
+                            on_tokens(new)
+                for data in splitter.finish():
+                    new = reader.add(data)
+                    if new:
+                        on_tokens(new)
+            except EventTooLong as error:
+                raise EngineError(f"Engine sent {error}") from error
+            finally:
+                reply.close()
+        return reader.end()
+
+    # -- control
+    # ----------------------------------------------------------------------------------------------------
+
+    async def pause(self) -> None:
+        """Ask the engine to stop generating (it aborts what is running). Raises EngineFault."""
+        await self.call(self._adapter.pause(), timeout_s=CONTROL_TIMEOUT_S)
+
+    async def resume(self) -> None:
+        """Ask the engine to go on. Raises EngineFault."""
+        await self.call(self._adapter.resume(), timeout_s=CONTROL_TIMEOUT_S)
+
+    async def release_memory(self) -> None:
+        await self.call(self._adapter.release_memory(), timeout_s=MEMORY_TIMEOUT_S)
+
+    async def resume_memory(self, tags: list[str] | None = None) -> None:
+        await self.call(self._adapter.resume_memory(tags), timeout_s=MEMORY_TIMEOUT_S)
+
+    async def call(self, call: Call, *, timeout_s: float) -> bytes:
+        """POST to the engine; its answer's body. Raises EngineFault."""
+        with self._faults(timeout_s):
+            reply = await self._client.request("POST", call.path, call.body, timeout_s=timeout_s)
+        if reply.status >= 300:
+            raise _refused(reply.status, reply.body)
+        return reply.body
+
+    def _faults(self, timeout_s: float) -> _Faults:
+        return _Faults(self.address, timeout_s)
+
+
+class _Faults:
+    """Turns the HTTP client's errors into EngineFaults."""
+
+    def __init__(self, address: str, timeout_s: float) -> None:
+        self._address = address
+        self._timeout_s = timeout_s
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Timeout):
+            raise EngineTimeout(
+                f"Engine {self._address} did not answer within {self._timeout_s:g} s"
+            ) from error
+        if isinstance(error, ConnectFailed):
+            raise EngineUnreachable(f"Cannot reach engine {self._address}: {error}") from error
+        if isinstance(error, BrokenReply):
+            raise EngineUnreachable(f"Engine {self._address} broke off: {error}") from error
+
+
+def _continued(prompt_json: bytes, ids: array[int]) -> bytes:
+    if not ids:
+        return prompt_json
+    return prompt_json + (b"," if prompt_json else b"") + Prompt.of(ids).json
+
+
+def _add_run(runs: list[VersionRun], version: int, tokens: int) -> None:
+    if runs and runs[-1].version == version:
+        runs[-1] = VersionRun(version, runs[-1].tokens + tokens)
+    else:
+        runs.append(VersionRun(version, tokens))
+
+
+def _refused(status: int, body: bytes) -> EngineFault:
+    return EngineError(f"Engine returned {status}: {body[:500].decode(errors='replace')}")

@@ -1,0 +1,344 @@
+"""Encoding by segment: a prompt's token ids, where only text never seen before is encoded.
+
+A conversation is sent again and again with a little more at its end, and its encoding costs about 1 µs a
+token. But a tokenizer first cuts the text at its added tokens (`<|im_start|>`…), and each piece between two
+of them is normalized, split and merged by itself: its ids depend on its text alone. So the text is cut in
+the same way here, by one compiled pattern, and the pieces' ids come from a dictionary. Each entry holds the
+ids twice, as little-endian int32 (what is recorded) and as JSON digits (what the engine is sent), so a
+prompt of any length is put together by two joins.
+
+Which tokens may cut: those matched on the raw text (not `normalized`) that take nothing from their
+neighbours (no `lstrip`, `rstrip`, `single_word`), and that no token of the other kind can overlap. The
+pattern takes the leftmost, then the longest token, as tokenizers does. Text from users that spells such a
+token is cut just like the real one, because tokenizers itself makes no difference.
+
+Not every tokenizer keeps the promise (Metaspace with prepend_scheme "first" treats the first piece alone
+differently), so it is checked at start: `self_test` compares with the plain encoder on texts made from the
+tokenizer's own tokens. Where they differ the cache is off and `why_off` says so; ids are then those of the
+plain encoder.
+
+Memory is bounded in bytes by two generations: hits in the old one move to the young one; when that is half
+the limit, it becomes the old one. One thread (the loop's) owns the cache; encoding new text may happen on
+any thread.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+from tokenizers import AddedToken, Tokenizer
+
+from areal_fast.engine.words import Unsupported, WordEncoder
+
+# what an entry costs beside its three buffers: str, two bytes objects, tuple, dictionary slot
+_ENTRY_OVERHEAD_BYTES = 320
+# how many times faster text is encoded by word than by the plain encoder, on the safe side
+_WORDS_FASTER = 3
+_Entry = tuple[bytes, bytes]
+
+
+class Prompt:
+    """Token ids ready for the record and for the engine. Immutable."""
+
+    __slots__ = ("data", "json")
+
+    def __init__(self, data: bytes, json: bytes) -> None:
+        self.data = data
+        """int32 ids in native byte order: what the arena stores."""
+        self.json = json
+        """The same as JSON, comma separated, without brackets."""
+
+    @classmethod
+    def of(cls, ids: Iterable[int]) -> Prompt:
+        """From any iterable of ids; int32 buffers (array('i'), numpy) are copied whole."""
+        if hasattr(ids, "tobytes"):
+            view = memoryview(ids)  # type: ignore[arg-type]
+            values = array("i")
+            if view.itemsize == 4 and view.contiguous:
+                values.frombytes(view.cast("B"))
+            else:
+                values.extend(view.tolist())
+        else:
+            values = array("i", ids)
+        return cls(values.tobytes(), msgspec.json.encode(values.tolist())[1:-1])
+
+    def __len__(self) -> int:
+        return len(self.data) // 4
+
+    def ids(self) -> array[int]:
+        """The ids as array('i'), a fresh one."""
+        values = array("i")
+        values.frombytes(self.data)
+        return values
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Prompt) and other.data == self.data
+
+    def __hash__(self) -> int:
+        return hash(self.data)
+
+    def __repr__(self) -> str:
+        return f"Prompt({len(self)} tokens)"
+
+
+def literals_pattern(literals: Iterable[str]) -> str:
+    """A regular expression that matches the longest of `literals` at a place; prefixes are shared, as in a
+    trie.
+
+    Python's engine tries alternatives one by one, so a plain alternation of a thousand tokens costs a
+    thousand comparisons at each `<`; this costs one a character.
+    """
+    trie: dict[str, dict] = {}  # type: ignore[type-arg]
+    for literal in literals:
+        node = trie
+        for character in literal:
+            node = node.setdefault(character, {})
+        node[""] = {}
+
+    def write(node: dict[str, dict]) -> str:  # type: ignore[type-arg]
+        branches = [
+            re.escape(character) + write(child) for character, child in sorted(node.items()) if character
+        ]
+        if not branches:
+            return ""
+        if len(branches) == 1 and "" not in node:
+            return branches[0]
+        return f"(?:{'|'.join(branches)})" + ("?" if "" in node else "")
+
+    return write(trie)
+
+
+def cutting_tokens(added: Iterable[AddedToken]) -> list[str]:
+    """The added tokens at which text may be cut (see above), longest first."""
+    raw = [token for token in added if not token.normalized and token.content]
+    plain = [t.content for t in raw if not (t.lstrip or t.rstrip or t.single_word)]
+    others = [t.content for t in raw if t.lstrip or t.rstrip or t.single_word]
+    safe = [token for token in plain if not any(_could_hide(other, token) for other in others)]
+    # a plain token that is left out hides others in the same way
+    left_out = [token for token in plain if token not in set(safe)]
+    if any(_could_hide(other, token) for other in left_out for token in safe):
+        return []
+    return sorted(safe, key=len, reverse=True)
+
+
+def _could_hide(other: str, token: str) -> bool:
+    """Could `other`, matched first, cover the beginning of an occurrence of `token`?"""
+    if token in other and token != other:
+        return True
+    return any(other.endswith(token[:n]) for n in range(1, min(len(other), len(token))))
+
+
+class SegmentEncoder:
+    """text → Prompt for one `tokenizers.Tokenizer`, with the cache described above."""
+
+    def __init__(self, tokenizer: Tokenizer, *, limit_bytes: int = 32 << 20) -> None:
+        """`limit_bytes` 0 switches the cache off. Runs the self-test: some milliseconds."""
+        self._tokenizer = tokenizer
+        self._half_bytes = limit_bytes // 2
+        self._young: dict[str, _Entry] = {}
+        self._old: dict[str, _Entry] = {}
+        self._young_bytes = 0
+        self._specials: dict[str, _Entry] = {}
+        self._cut: re.Pattern[str] | None = None
+        self.why_off = ""
+        """Why the cache is not used; empty if it is."""
+        self.hits = 0
+        self.misses = 0
+        self._words: WordEncoder | None = None
+        self.why_no_words = "the segment cache is off"
+        """Why new text is not encoded by word (words.py); empty if it is."""
+        self._prepare()
+
+    # -- encoding
+    # ---------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> Prompt:
+        """The ids of `text`, special tokens recognised in it, none added around it. Blocks while it
+        encodes."""
+        prompt = self.encode_within(text, sys.maxsize)
+        assert prompt is not None
+        return prompt
+
+    def encode_within(self, text: str, work: int) -> Prompt | None:
+        """As `encode`, or None if that would be more `work` than this (see `work_of`); nothing is encoded
+        then."""
+        if self._cut is None:
+            return _prompt_of([self._plain(text)]) if len(text) <= work else None
+        segments = self._cut.split(text)
+        young = self._young
+        found = [young.get(segment) for segment in segments]
+        if None in found:
+            missing = self._promote(segments, found)
+            if missing:
+                if self.work_of(missing) > work:
+                    return None
+                new = {segment: self._encode_segment(segment) for segment in missing}
+                self.misses += len(missing)
+                self._store(new)
+                found = [entry or new[segments[i]] for i, entry in enumerate(found)]
+            self._rotate()
+        self.hits += len(found)
+        return _prompt_of(found)  # type: ignore[arg-type]
+
+    def missing(self, text: str) -> list[str]:
+        """The distinct segments of `text` that would have to be encoded, in order."""
+        if self._cut is None:
+            return [text]
+        young, old = self._young, self._old
+        return list(dict.fromkeys(s for s in self._cut.split(text) if s not in young and s not in old))
+
+    def encode_segments(self, segments: Sequence[str]) -> list[_Entry]:
+        """Encode segments; touches no shared state and releases the GIL while it works, so any thread may
+        do it."""
+        encodings = self._tokenizer.encode_batch_fast(list(segments), add_special_tokens=False)
+        return [_entry(encoding.ids) for encoding in encodings]
+
+    def _encode_segment(self, segment: str) -> _Entry:
+        if self._words is not None:
+            ids = self._words.encode(segment)
+            if ids is not None:
+                return _entry(ids)
+        return self.encode_segments([segment])[0]
+
+    def work_of(self, segments: Iterable[str]) -> int:
+        """How much work new `segments` are, in characters that take the plain encoder (about 4 a µs)."""
+        if self._words is None:
+            return sum(map(len, segments))
+        # text without spaces (Chinese, base64 with umlauts) has no words to know
+        return sum(
+            len(s) // _WORDS_FASTER if s.isascii() or s.count(" ") * 8 > len(s) else len(s) for s in segments
+        )
+
+    def assemble(self, text: str, segments: Sequence[str], entries: Sequence[_Entry]) -> Prompt:
+        """`text`'s Prompt once its `missing()` segments were encoded elsewhere. Loop thread only."""
+        if self._cut is None:
+            return _prompt_of(entries)
+        self._store(dict(zip(segments, entries, strict=True)))
+        return self.encode(text)
+
+    def clear(self) -> None:
+        """Forget every segment and start counting anew."""
+        self._young, self._old, self._young_bytes = dict(self._specials), {}, 0
+        self.hits = self.misses = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """What the young generation holds; the old one holds at most `limit_bytes` / 2 and one prompt
+        more."""
+        return self._young_bytes
+
+    # -- inside
+    # -----------------------------------------------------------------------------------------------------
+
+    def _promote(self, segments: Sequence[str], found: list[_Entry | None]) -> list[str]:
+        """Fill gaps of `found` from the old generation; the distinct segments that are in neither."""
+        missing: dict[str, None] = {}
+        for i, entry in enumerate(found):
+            if entry is None:
+                segment = segments[i]
+                entry = self._old.get(segment)
+                if entry is None:
+                    missing[segment] = None
+                else:
+                    found[i] = entry
+                    self._store({segment: entry})
+        return list(missing)
+
+    def _store(self, entries: Mapping[str, _Entry]) -> None:
+        for segment, entry in entries.items():
+            if segment not in self._young:
+                self._young[segment] = entry
+                self._young_bytes += _cost(segment, entry)
+
+    def _rotate(self) -> None:
+        if self._young_bytes > self._half_bytes:
+            self._old = self._young
+            self._young = dict(self._specials)
+            self._young_bytes = 0
+
+    def _plain(self, text: str) -> _Entry:
+        return _entry(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    # -- start
+    # ------------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        if self._half_bytes <= 0:
+            self.why_off = "no memory granted"
+            return
+        if self._tokenizer.encode_special_tokens:
+            self.why_off = "the tokenizer splits special tokens"
+            return
+        tokens = cutting_tokens(self._tokenizer.get_added_tokens_decoder().values())
+        if not tokens:
+            self.why_off = "no added token at which text can be cut"
+            return
+        self._cut = re.compile(f"({literals_pattern(tokens)})")
+        self._specials = {token: self._plain(token) for token in tokens}
+        self._specials[""] = (b"", b"")
+        self._young = dict(self._specials)
+        differing = self.self_test(tokens)
+        if differing is not None:
+            self._cut = None
+            self.why_off = f"ids by segment differ from the plain encoder's on {differing!r}"
+        self.clear()
+        if self._cut is not None:
+            try:
+                self._words, self.why_no_words = WordEncoder(self._tokenizer), ""
+            except Unsupported as reason:
+                self.why_no_words = str(reason)
+
+    def self_test(self, tokens: Sequence[str]) -> str | None:
+        """A text on which encoding by segment differs from encoding as a whole, or None."""
+        for text in probes(tokens):
+            whole = self._tokenizer.encode(text, add_special_tokens=False).ids
+            if self.encode(text).ids().tolist() != whole:
+                return text
+        return None
+
+
+# what may stand next to a token: letters, digits, whitespace of every kind, marks that combine or join with
+# what is before them, text that normalizers change, halves of tokens
+_NEIGHBOURS = (
+    "", " ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u3000", "\u2028", "\ufeff", "\x00", "\x1c",
+    "a", " a", "a ", "A", "1", " 1", "12345", ".", " .", "'s", "▁", " ▁", "_", "##", "<", "<|", "|>",
+    "\u0301", "e\u0301", "é", "ﬁ", "Å", "ß", "İ", "ǆ", "①", "\u200d", "\ufe0f", "👩\u200d👩\u200d👧",
+    "你好", "가", "한국", "שלום", "مرحبا",
+    "user\n", "assistant\n", " system", "Hello, world!\n  indented\n\n\n", "<0x0A>",
+)  # fmt: skip
+
+
+def probes(tokens: Sequence[str]) -> Iterable[str]:
+    """Texts that would show a tokenizer whose pieces depend on their neighbours, made from its own tokens."""
+    few = list(tokens[:4]) + list(tokens[-4:])
+    for token in dict.fromkeys(few):
+        yield token
+        yield token + token
+        for neighbour in _NEIGHBOURS:
+            yield neighbour + token
+            yield token + neighbour
+            yield f"x{neighbour}{token}{neighbour}y"
+    for left, right in zip(_NEIGHBOURS, reversed(_NEIGHBOURS), strict=True):
+        yield left + "".join(token + right for token in few)
+    # every token at least once, with halves of itself around it
+    for token in tokens:
+        yield f"a {token[:-1]}{token}{token[1:]} b"
+    # growing first segments: position-dependent pieces (a prefix for the first word only) show here
+    yield from (few[0].join(_NEIGHBOURS[:n]) for n in range(2, len(_NEIGHBOURS), 7))
+
+
+def _entry(ids: Sequence[int]) -> _Entry:
+    return (array("i", ids).tobytes(), msgspec.json.encode(ids)[1:-1] + b",") if ids else (b"", b"")
+
+
+def _cost(segment: str, entry: _Entry) -> int:
+    return len(segment) * 2 + len(entry[0]) + len(entry[1]) + _ENTRY_OVERHEAD_BYTES
+
+
+def _prompt_of(entries: Sequence[_Entry]) -> Prompt:
+    # every JSON part ends in a comma; the last one goes
+    return Prompt(b"".join([e[0] for e in entries]), b"".join([e[1] for e in entries])[:-1])

@@ -1,0 +1,276 @@
+"""SGLang's native generation API: what POST /generate is sent, and what its answers mean. No I/O.
+
+A request is token ids in, token ids out: text is never sent or read, so nothing is tokenized twice. The
+body's members and their order are those of the original (transcripts, "backend_received"). The ids are
+spliced in as the JSON digits that the tokenizer's cache keeps, so the cost of a long prompt is a copy.
+
+An answer's truth is `meta_info.output_token_logprobs`, rows of [log-probability, token id, text or null].
+Where rows are missing the turn cannot be trained on, so that is an error; only an abort before prefill may
+lack them.
+
+Streams repeat: each event carries all rows so far (SGLang's default) or only the new ones (its incremental
+mode). `completion_tokens`, the count so far, tells which. The rows already known are compared as bytes and
+not parsed again.
+
+Routed experts (MoE models; base64 of int32, tens of MiB) stay undecoded views of the answer's bytes.
+Source: areal.experimental.inference_service.sglang.bridge; sglang.srt.managers.tokenizer_manager (behaviour).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple
+
+import msgspec
+
+from areal_fast.engine.errors import EngineError
+from areal_fast.engine.sampling import TOP_K_ALL, Sampling
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+
+
+_NULL = msgspec.Raw(b"null")
+
+
+class RoutedExperts(NamedTuple):
+    """One attempt's routed experts, not decoded."""
+
+    base64: msgspec.Raw
+    """The JSON string with its quotes: int32 little-endian, (prompt + completion − 1) rows. Keeps the
+    answer alive."""
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Attempt(msgspec.Struct, gc=False):
+    """What one engine call yielded."""
+
+    ids: list[int]
+    logprobs: list[float]
+    stop: str
+    """stop, length, tool_calls; anything else means: interrupted, ask again."""
+    routed_experts: RoutedExperts | None = None
+
+
+class Call(NamedTuple):
+    """One request to the engine."""
+
+    path: str
+    body: bytes
+
+
+class _SamplingParams(msgspec.Struct, omit_defaults=True, gc=False):
+    """`sampling_params` in the order the original writes them. Fields with defaults are left out when not
+    used."""
+
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    temperature: float
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    skip_special_tokens: bool
+    frequency_penalty: float
+    stop: tuple[str, ...] = ()
+    sampling_seed: int | None = None
+
+
+class _Row(msgspec.Struct, array_like=True, gc=False):
+    logprob: float
+    id: TokenId
+
+
+class _FinishReason(msgspec.Struct, gc=False):
+    type: str
+    message: str | None = None
+
+
+class _MetaInfo(msgspec.Struct, gc=False):
+    finish_reason: _FinishReason | None = None
+    output_token_logprobs: list[_Row] | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    routed_experts: msgspec.Raw = _NULL
+
+
+class _Answer(msgspec.Struct, gc=False):
+    meta_info: _MetaInfo
+
+
+class _EventMetaInfo(msgspec.Struct, gc=False):
+    finish_reason: _FinishReason | None = None
+    output_token_logprobs: msgspec.Raw = _NULL
+    prompt_tokens: int = 0
+    completion_tokens: int | None = None
+    routed_experts: msgspec.Raw = _NULL
+
+
+class _Event(msgspec.Struct, gc=False):
+    meta_info: _EventMetaInfo | None = None
+    error: msgspec.Raw = _NULL
+
+
+_encode = msgspec.json.Encoder().encode
+_answer_decoder = msgspec.json.Decoder(_Answer)
+_event_decoder = msgspec.json.Decoder(_Event)
+_rows_decoder = msgspec.json.Decoder(list[_Row])
+
+
+class SGLang:
+    """The adapter for SGLang. Stateless."""
+
+    name = "sglang"
+
+    def generate(self, prompt_json: bytes, sampling: Sampling, max_new_tokens: int, *, stream: bool) -> Call:
+        """One attempt. `prompt_json`: the ids so far as JSON digits without brackets."""
+        parameters = _SamplingParams(
+            top_p=sampling.top_p,
+            top_k=TOP_K_ALL,
+            max_new_tokens=max_new_tokens,
+            temperature=sampling.temperature,
+            stop_token_ids=sampling.stop_token_ids,
+            ignore_eos=False,
+            skip_special_tokens=True,
+            frequency_penalty=sampling.frequency_penalty,
+            stop=sampling.stop,
+            sampling_seed=sampling.seed,
+        )
+        body = (
+            b'{"input_ids":[%b],"image_data":%b,"sampling_params":%b,"return_logprob":true,"stream":%b%b}'
+            % (
+                prompt_json,
+                b"null" if sampling.images is None else _encode(sampling.images),
+                _encode(parameters),
+                b"true" if stream else b"false",
+                b',"return_routed_experts":true' if sampling.return_routed_experts else b"",
+            )
+        )
+        return Call("/generate", body)
+
+    def continues(self, sampling: Sampling) -> bool:
+        """Can an interrupted answer go on from its tokens?"""
+        return True
+
+    def parse(self, body: bytes) -> Attempt:
+        """The answer to a call that did not stream. Raises EngineError."""
+        try:
+            meta = _answer_decoder.decode(body).meta_info
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise EngineError(f"Engine sent an answer that cannot be read: {error}") from error
+        if meta.finish_reason is None:
+            raise EngineError("Engine sent an answer without finish_reason")
+        stop = meta.finish_reason.type
+        rows = meta.output_token_logprobs
+        if rows is None:
+            if stop != "abort":
+                raise EngineError("Engine sent an answer without output_token_logprobs")
+            rows = []
+        return Attempt(
+            ids=[row.id for row in rows],
+            logprobs=[row.logprob for row in rows],
+            stop=stop,
+            routed_experts=_routed(meta.routed_experts, meta.prompt_tokens, meta.completion_tokens),
+        )
+
+    def read_stream(self) -> StreamedAttempt:
+        return StreamedAttempt()
+
+    def pause(self) -> Call:
+        return Call("/pause_generation", b"{}")
+
+    def resume(self) -> Call:
+        return Call("/continue_generation", b"{}")
+
+    def release_memory(self) -> Call:
+        return Call("/release_memory_occupation", b"{}")
+
+    def resume_memory(self, tags: list[str] | None) -> Call:
+        return Call("/resume_memory_occupation", b"{}" if tags is None else _encode({"tags": tags}))
+
+
+class StreamedAttempt:
+    """One streamed answer, event by event."""
+
+    def __init__(self) -> None:
+        self.attempt = Attempt(ids=[], logprobs=[], stop="")
+        self.finished = False
+        self._seen = b""  # the rows seen so far as JSON, without the closing bracket (cumulative streams)
+        self._saw_rows = False
+
+    def add(self, data: bytes) -> list[int]:
+        """The new token ids of an event's data. Raises EngineError, also where the engine reports one."""
+        if data.strip() == b"[DONE]":
+            return []
+        try:
+            event = _event_decoder.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise EngineError(f"Engine sent an event that cannot be read: {error}") from error
+        if bytes(event.error) != b"null":
+            raise EngineError(f"Engine failed in mid-stream: {error_text(event.error)}")
+        meta = event.meta_info
+        if meta is None:
+            raise EngineError("Engine sent an event without meta_info")
+        rows = self._new_rows(meta)
+        attempt = self.attempt
+        new_ids = [row.id for row in rows]
+        attempt.ids += new_ids
+        attempt.logprobs += [row.logprob for row in rows]
+        routed = _routed(meta.routed_experts, meta.prompt_tokens, meta.completion_tokens or len(attempt.ids))
+        if routed is not None:
+            attempt.routed_experts = routed
+        if meta.finish_reason is not None:
+            attempt.stop = meta.finish_reason.type
+            self.finished = True
+        return new_ids
+
+    def end(self) -> Attempt:
+        """The whole answer once the stream has ended. Raises EngineError if it ended too early."""
+        if not self.finished:
+            raise EngineError("Engine ended its stream without finish_reason")
+        if not self._saw_rows and self.attempt.stop != "abort":
+            raise EngineError("Engine sent an answer without output_token_logprobs")
+        return self.attempt
+
+    def _new_rows(self, meta: _EventMetaInfo) -> list[_Row]:
+        text = bytes(meta.output_token_logprobs)
+        if text == b"null":
+            return []
+        self._saw_rows = True
+        known = len(self.attempt.ids)
+        count = meta.completion_tokens
+        try:
+            if known and text.startswith(self._seen):
+                rest = text[len(self._seen) :].lstrip(b" \t\r\n,")
+                rows = _rows_decoder.decode(b"[" + rest)
+                if count is None or known + len(rows) == count:
+                    self._seen = text.rstrip()[:-1]
+                    return rows
+            rows = _rows_decoder.decode(text)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise EngineError(f"Engine sent log-probabilities that cannot be read: {error}") from error
+        if known == 0 or (len(rows) >= known and count == len(rows)):
+            self._seen = text.rstrip()[:-1]  # cumulative, or the first
+            return rows[known:]
+        if count is None and [row.id for row in rows[:known]] == self.attempt.ids:
+            self._seen = text.rstrip()[:-1]
+            return rows[known:]
+        if count is not None and known + len(rows) != count:
+            raise EngineError(
+                f"Engine's stream does not add up: {known} tokens so far, {len(rows)} in this event, "
+                f"{count} in all"
+            )
+        return rows  # incremental
+
+
+def _routed(raw: msgspec.Raw, prompt_tokens: int, completion_tokens: int) -> RoutedExperts | None:
+    # views of the answer, compared by length first: a Raw of tens of MiB is not copied
+    if len(memoryview(raw)) == 4 and bytes(raw) == b"null":
+        return None
+    return RoutedExperts(raw, prompt_tokens, completion_tokens)
+
+
+def error_text(raw: msgspec.Raw) -> str:
+    """What an engine's `error` member says."""
+    value = msgspec.json.decode(raw)
+    if isinstance(value, dict) and isinstance(value.get("message"), str):
+        return str(value["message"])
+    return value if isinstance(value, str) else bytes(raw).decode(errors="replace")

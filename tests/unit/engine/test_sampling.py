@@ -1,0 +1,95 @@
+"""Budgets and parameters, with the texts of what is refused (recorded from the original)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from areal_fast.engine.sampling import Sampling, sampling_from_chat
+from areal_fast.protocol.chat import BadChat, decode_chat
+
+
+def make(prompt_tokens: int = 20, engine_max_tokens: int | None = None, **fields: Any) -> Sampling:
+    body = msgspec.json.encode({"messages": [{"role": "user", "content": "x"}], **fields})
+    return sampling_from_chat(decode_chat(body), prompt_tokens, [1, 2], engine_max_tokens=engine_max_tokens)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, 512),
+        ({"max_tokens": 8}, 8),
+        ({"max_tokens": 8.5}, 8),
+        ({"max_completion_tokens": 5}, 5),
+        ({"max_tokens": None, "max_completion_tokens": 5}, 5),
+        ({"max_tokens": 1_000_000_000}, 32748),
+        ({"max_total_tokens": 30}, 10),
+        ({"max_total_tokens": 30, "max_tokens": 4}, 4),
+        ({"max_total_tokens": 1000, "engine_max_tokens": 100}, 80),
+        ({"max_total_tokens": 50, "engine_max_tokens": 100}, 30),
+        ({"engine_max_tokens": 100}, 80),
+        ({"engine_max_tokens": 100_000}, 32748),
+        ({"prompt_tokens": 32700}, 68),
+    ],
+)
+def test_budget(fields: dict[str, Any], expected: int) -> None:
+    assert make(**fields).max_new_tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "detail"),
+    [
+        (
+            {"max_tokens": 0},
+            "max_new_tokens must be > 0, got 0 (max_tokens=32768, input_len=20, max_new_tokens=0)",
+        ),
+        (
+            {"max_tokens": -3},
+            "max_new_tokens must be > 0, got -3 (max_tokens=32768, input_len=20, max_new_tokens=-3)",
+        ),
+        (
+            {"prompt_tokens": 32768},
+            "max_new_tokens must be > 0, got 0 (max_tokens=32768, input_len=32768, max_new_tokens=512)",
+        ),
+        ({"max_total_tokens": 5}, "len of prompt tokens 20 exceeds max_total_tokens 5"),
+        ({"engine_max_tokens": 20}, "len of prompt tokens 20 exceeds max_total_tokens 20"),
+        (
+            {"max_tokens": 8, "max_completion_tokens": 8},
+            "max_tokens and max_completion_tokens cannot be set at the same time. "
+            "max_tokens has been deprecated. Please use max_completion_tokens instead. "
+            "To set the total max tokens, please use max_total_tokens instead.",
+        ),
+    ],
+)
+def test_refused_budgets(fields: dict[str, Any], detail: str) -> None:
+    with pytest.raises(BadChat) as raised:
+        make(**fields)
+    assert str(raised.value) == detail
+
+
+def test_parameters() -> None:
+    default = make()
+    assert (default.temperature, default.top_p, default.frequency_penalty) == (1.0, 1.0, 0.0)
+    assert default.stop == () and default.seed is None and not default.return_routed_experts
+    assert default.stop_token_ids == (1, 2) and default.images is None
+    assert make(temperature=0).temperature == 0.0
+    assert make(temperature=None, top_p=None, frequency_penalty=None, stop=None, n=None) == default
+    assert make(top_p=0).top_p == 1.0 and make(top_p=0.5).top_p == 0.5
+    assert (
+        make(stop="\n").stop == ("\n",)
+        and make(stop=["a", "b"]).stop == ("a", "b")
+        and make(stop=[]).stop == ()
+    )
+    assert make(seed=0).seed == 0
+    assert make(metadata={"return_routed_experts": True}).return_routed_experts
+    assert not make(metadata={"a": "b"}).return_routed_experts
+
+
+def test_a_seed_is_used_only_where_the_request_has_none() -> None:
+    body = b'{"messages":[{"role":"user","content":"x"}]%b}'
+    seeds = [
+        sampling_from_chat(decode_chat(body % more), 3, [1], seed=9).seed for more in (b"", b',"seed":4')
+    ]
+    assert seeds == [9, 4]
