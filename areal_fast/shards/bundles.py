@@ -1,0 +1,109 @@
+"""Bundles: one arena shard that stands for all the shards of an export.
+
+An export of 8 turns answers with 48 shard ids. Making 48 tensors then would cost most of the export's time
+and several times the tokens' memory, for tensors that are fetched once. So an export stores what its records
+hold, once, as a bundle: rows (protocol/export.py) and their data; a tensor is made when it is fetched, and
+the bundle goes when its last part is cleared. Each part has a bit in the arena's shard.
+
+An id is uuid-shaped: 96 random bits, which name the bundle, then the part's number in 8 hex digits. Who knows
+one id of an export may count the others; nobody else can guess any. In the arena a bundle's name is NUL and
+the 12 random bytes, which no shard that was put can have.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from areal_fast.protocol import wire
+from areal_fast.protocol.export import DTYPES, ITEMSIZE, NAMES, NAMES_V2, PER_ROW, Row, Rows
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
+
+PREFIX_CHARS = 28
+
+
+class BundleMeta(msgspec.Struct, array_like=True, tag_field="form", tag="bundle"):
+    """kind "each": part = row · names + name, tensors [1, T]. "batch": part = name, tensors [B, T]. v2: there
+    are eight names, else six."""
+
+    kind: Literal["each", "batch"]
+    rows: list[Row]
+    v2: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return NAMES_V2 if self.v2 else NAMES
+
+    @property
+    def parts(self) -> int:
+        return len(self.names) * (len(self.rows) if self.kind == "each" else 1)
+
+    def part_bytes(self, part: int) -> int:
+        """Size of a part's tensor in memory, as the original counts it."""
+        row, at = divmod(part, len(self.names))
+        name = self.names[at]
+        size = ITEMSIZE[DTYPES[name]]
+        if self.kind == "each":
+            return size * (1 if name in PER_ROW else self.rows[row].length)
+        if name in PER_ROW:
+            return size * len(self.rows)
+        return size * len(self.rows) * max(r.length for r in self.rows)
+
+    def total_bytes(self) -> int:
+        if self.kind == "batch":
+            return sum(self.part_bytes(i) for i in range(self.parts))
+        per_token = sum(ITEMSIZE[DTYPES[name]] for name in self.names if name not in PER_ROW)
+        per_row = sum(ITEMSIZE[DTYPES[name]] for name in self.names if name in PER_ROW)
+        return sum(per_token * r.length + per_row for r in self.rows)
+
+
+def new_bundle_id() -> str:
+    """First 28 characters of the ids of a new bundle's parts."""
+    h = secrets.token_hex(12)
+    return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"
+
+
+def part_id(prefix: str, part: int) -> str:
+    return f"{prefix}{part:08x}"
+
+
+def arena_name(prefix: str) -> bytes:
+    """The bundle's own name in the arena."""
+    return b"\0" + bytes.fromhex(prefix.replace("-", ""))
+
+
+_ID = re.compile(r"([0-9a-f]{8})-([0-9a-f]{4})-([0-9a-f]{4})-([0-9a-f]{4})-([0-9a-f]{4})([0-9a-f]{8})")
+
+
+def split_id(shard_id: str) -> tuple[bytes, int] | None:
+    """(arena name, part) if this could be a bundle's id."""
+    match = _ID.fullmatch(shard_id)
+    if match is None:
+        return None
+    *random, part = match.groups()
+    return b"\0" + bytes.fromhex("".join(random)), int(part, 16)
+
+
+class Bundle:
+    """A bundle being read: makes the tensors of its parts, remembering what several parts need."""
+
+    def __init__(self, meta: BundleMeta, data: Buffer) -> None:
+        self.meta = meta
+        self._rows = Rows(meta.rows, data)
+
+    def parts_json(self, part: int) -> tuple[bytes, ...]:
+        """The tensor of one part as JSON, in pieces."""
+        row, at = divmod(part, len(self.meta.names))
+        name = self.meta.names[at]
+        if self.meta.kind == "batch":
+            array = self._rows.batch(name)
+            shape = tuple(array.shape)
+        else:
+            array = self._rows.array(row, name)
+            shape = (1,) if name in PER_ROW else (1, len(array))
+        return wire.tensor_parts(array.data, shape, DTYPES[name])
