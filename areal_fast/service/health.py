@@ -1,0 +1,67 @@
+"""GET /health: the original's fields, then ours.
+
+Recorded first: status, backend, sessions, paused, version; read from the arena at each request. Then what an
+operator asks next: which worker answered, workers and cleaner (from the supervisor's board), the arena, the
+last clean-up and what went wrong in it. That second part is made at most once a heartbeat, so that probing
+costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    from areal_fast.http import Exchange
+    from areal_fast.service.control import Engines
+    from areal_fast.service.words import SharedState
+    from areal_fast.store import SessionStore
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Health:
+    """`board` is the supervisor's last word on processes and clean-up."""
+
+    def __init__(self, store: SessionStore, state: SharedState, engines: Engines, started: float) -> None:
+        self._store = store
+        self._state = state
+        self._engines = engines
+        self._started = started
+        self.board: dict[str, Any] = {}
+        self._rest = b""
+
+    def serve(self, exchange: Exchange) -> None:
+        head = _encode(
+            {
+                "status": "ok",
+                "backend": self._engines.address,
+                "sessions": self._store.sessions_count(),
+                "paused": self._state.paused(),
+                "version": self._state.version(),
+            }
+        )
+        exchange.respond(200, head[:-1] + b"," + (self._rest or self.refresh())[1:])
+
+    def expire(self) -> None:
+        """The second part is out of date: make it anew when somebody asks."""
+        self._rest = b""
+
+    def refresh(self) -> bytes:
+        board = self.board
+        self._rest = _encode(
+            {
+                "pid": os.getpid(),
+                "uptime_s": round(time.time() - self._started, 3),
+                "workers": board.get("workers", []),
+                "cleaner": board.get("cleaner"),
+                "engine": board.get("engine"),
+                "stuck": board.get("stuck", []),
+                "arena": self._store.arena.stats(),
+                "cleanup": board.get("cleanup", {}),
+            }
+        )
+        return self._rest

@@ -1,0 +1,85 @@
+"""Chats that were sent again because their first reply never arrived.
+
+Rules: protocol/retries.py. Before a turn begins its twin is looked for: in the session's record, or, if the
+first one is still with the engine in this worker and its client is gone (or the keys are equal), after it has
+ended. A repeat that finds one is answered from the record, whole or streamed as it asks, under the same
+interaction id; nothing is recorded for it, and what becomes of this reply is noted like that of the first.
+
+A client that closed its sending side before the reply left is taken for gone: it nearly always is, and its
+reply is then lost though the kernel took it.
+
+What is not seen: a first one that is still in flight in another worker; its repeat is a sample of its own.
+And a reply is noted as sent just after the kernel took it: a worker killed in between leaves one that is told
+again to an equal body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from areal_fast.protocol.retries import Asked, asked
+from areal_fast.store.couriers import courier_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from areal_fast.http import Exchange
+    from areal_fast.store import Session, SessionStore
+    from areal_fast.store.session import Twin
+
+
+class Flight:
+    """One chat that is with the engine and will be recorded, with `body_hash`."""
+
+    def __init__(self, session: Session, exchange: Exchange, one: Asked, process: int) -> None:
+        self.session = session
+        self.exchange = exchange
+        self.one = one
+        self.body_hash = one.pack(process)
+        self.landed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def is_twin_of(self, one: Asked) -> bool:
+        if one.key and one.key == self.one.key:
+            return True
+        return one == self.one and (self.exchange.gone or self.exchange.input_ended)
+
+    def recorded(self, trajectory: int, ordinal: int) -> None:
+        """It is: note what becomes of the reply."""
+        watch(self.session, self.exchange, (trajectory, ordinal))
+
+
+def watch(session: Session, exchange: Exchange, place: tuple[int, int]) -> None:
+    """Note what becomes of the reply of the interaction at (trajectory, ordinal). Before it is complete."""
+    note = session.fate(place)
+    exchange.on_sent(lambda sent: note(sent and not exchange.input_ended))
+
+
+class Retries:
+    """One worker's knowledge of chats in flight, and the way to those that are recorded."""
+
+    def __init__(self, store: SessionStore) -> None:
+        self._process = courier_of(store.arena)
+        self._flights: dict[int, list[Flight]] = {}
+
+    async def twin(self, session: Session, exchange: Exchange) -> tuple[Asked, Twin | None]:
+        """What the request is told apart by, and the recorded answer that it is after."""
+        one = asked(exchange.body, exchange.headers.get(b"idempotency-key"))
+        while waiting := [f.landed for f in self._flights.get(session.slot, ()) if f.is_twin_of(one)]:
+            await asyncio.shield(waiting[0])
+        return one, session.twin(one)
+
+    @contextmanager
+    def flight(self, session: Session, exchange: Exchange, one: Asked) -> Iterator[Flight]:
+        """While this chat is with the engine."""
+        flight = Flight(session, exchange, one, self._process)
+        flights = self._flights.setdefault(session.slot, [])
+        flights.append(flight)
+        try:
+            yield flight
+        finally:
+            flights.remove(flight)
+            if not flights:
+                del self._flights[session.slot]
+            flight.landed.set_result(None)
