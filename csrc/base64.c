@@ -12,8 +12,8 @@
  *           characters (AVX2); a 128-entry table whose other entries have the top bit set (VBMI).
  * bfloat16 travels as float32: blocks of it are widened, or narrowed, in a buffer that stays in the first-level cache.
  *
- * Accepted is what binascii's strict mode and pybase64's validate=True accept: whole groups of four, '=' only as the
- * last one or two characters, nothing else in between; bits that a padded group has left over are not looked at.
+ * Accepted is what pybase64's validate=True accepts: whole groups of four, '=' only as the last one or two characters,
+ * nothing else in between; bits that a padded group has left over are not looked at.
  *
  * The level is chosen by the processor at first use, and can be lowered for tests. Nothing here knows the arena.
  */

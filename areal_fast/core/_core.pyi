@@ -242,8 +242,9 @@ class Arena:
 def base64_encode(
     data: ReadableBuffer, before: bytes = b"", after: bytes = b"", *, bf16: bool = False
 ) -> bytes:
-    """`before`, the base64 of `data`, `after`, in one new object. bf16: `data` is bfloat16 (2 bytes an element,
-    else BadArgument), which is written as float32. The GIL is released for large data, here and below."""
+    """`before`, the base64 of `data`, `after`, in one new object. bf16: `data` is bfloat16 (2 bytes an
+    element, else BadArgument), which is written as float32. The GIL is released for large data, here and
+    below."""
 
 def base64_decoded_size(text: ReadableBuffer) -> int:
     """Bytes that base64 of this length and padding stands for; −1 if no base64 has them."""
