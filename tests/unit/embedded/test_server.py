@@ -350,6 +350,15 @@ def test_length_and_latency(engine: Engine) -> None:
     assert meta["e2e_latency"] >= 0.05 + 64 * 0.001
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_latency_that_is_lifted_ends_what_waits_for_it(engine: Engine, stream: bool) -> None:
+    engine.configure(request_latency_s=3600)
+    waiting = engine.generate(later=True, stream=stream)
+    engine.wait(lambda stats: stats["in_flight"] == 1)
+    engine.configure()
+    assert waiting.result(WATCHDOG_S).status == 200
+
+
 def test_bodies_are_kept_when_asked(engine: Engine) -> None:
     assert engine.stats()["bodies"] == []
     engine.configure(keep_bodies=2)
