@@ -6,8 +6,8 @@ it:
 
 * A run at the start, then one an interval. While a dump is waiting to be tried again, the store is asked more
   often; it keeps a back-off a session.
-* What went wrong is in the log (a session's first failure, a reminder now and then, its recovery; a folder that
-  cannot be written to already at the start), and, over the supervisor, in every worker's /health: which
+* What went wrong is in the log (a session's first failure, a reminder now and then, its recovery; a folder
+  that cannot be written to, already at the start), and, over the supervisor, in every worker's /health: which
   sessions cannot be written, and why. Ten thousand of them are not ten thousand lines.
 * Heartbeats come from the loop, between sessions; one that blocks in a disk for long is a hung one.
 * At the end of service it dumps what is left, in portions, most valuable first: a kill loses as little as

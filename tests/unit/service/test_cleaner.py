@@ -1,4 +1,4 @@
-"""What the cleaner says of dumps that fail: early, of each session once, now and then again, never a flood."""
+"""What the cleaner says of dumps that fail: early, of each session once, again now and then, no flood."""
 
 from __future__ import annotations
 
