@@ -32,6 +32,10 @@ EMBEDDED = "embedded"
 BYTE_TOKENIZER = "builtin:bytes"
 MIN_ARENA_BYTES = 16 << 20
 ARENA_SHARE = 0.05
+FOR_EVER_S = 1e9
+"""Thirty years. In nanoseconds, and added to any clock, it still is a 64-bit number."""
+END_ARENA_BYTES = 1 << 40
+"""Sizes below it are what the core can count."""
 MAX_WORKERS = 24
 LOG_LEVELS = ("trace", "debug", "info", "warning", "error", "critical")
 
@@ -91,7 +95,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _number(kind: Callable[[str], float], low: float, *, above: bool = False) -> Callable[[str], float]:
-    """A converter for argparse: `kind`, finite, ≥ low (or > low)."""
+    """A converter for argparse: `kind`, finite, ≥ low (or > low). Seconds beyond FOR_EVER_S are that."""
 
     def convert(text: str) -> float:
         try:
@@ -99,9 +103,11 @@ def _number(kind: Callable[[str], float], low: float, *, above: bool = False) ->
         except ValueError:
             wanted = "an integer" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-        if not math.isfinite(value) or value < low or (above and value == low):
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+        if value < low or (above and value == low):
             raise argparse.ArgumentTypeError(f"{text} must be {'>' if above else '>='} {low:g}")
-        return value
+        return min(value, FOR_EVER_S) if kind is float else value
 
     return convert
 
@@ -192,6 +198,8 @@ def parse(
     arena = args.arena_max_bytes or max(int(memory_limit_bytes() * ARENA_SHARE), 4 * MIN_ARENA_BYTES)
     if arena < MIN_ARENA_BYTES:
         raise UsageError(f"argument --arena-max-bytes: at least {MIN_ARENA_BYTES >> 20}M, not {arena} bytes")
+    if arena >= END_ARENA_BYTES:
+        raise UsageError(f"argument --arena-max-bytes: less than 1T, not {arena} bytes")
     timeout = args.session_timeout_seconds
     settings = Settings(
         host=args.host or "0.0.0.0",
@@ -265,8 +273,9 @@ def _check_admin_key(host: str, key: str, environ: Mapping[str, str]) -> None:
         return
     address = reachable_host(host)
     if not is_loopback(address):
+        known_as = f"{host!r} ({address})" if address != host else repr(host)
         raise UsageError(
-            f"argument --admin-api-key: the default key is refused on the non-loopback host {address!r}; "
+            f"argument --admin-api-key: the default key is refused on the non-loopback host {known_as}; "
             "give another one, or set AREAL_ALLOW_DEFAULT_ADMIN_KEY=1 in a trusted network"
         )
 

@@ -116,12 +116,17 @@ def _dumped(day: Day) -> list[str]:
 
 
 def _weights(day: Day) -> list[str]:
-    update = day.ledger.update
+    update, spanning = day.ledger.update, day.ledger.spanning
+    went_on = f"{_counted(spanning, 'answer')} under way went on, with tokens of both versions"
     return [
         f"updated after {update.began - day.began:.1f} s, generation paused for "
         f"{update.ended - update.began:.2f} s",
-        f"{day.ledger.spanning} answers under way went on and carry tokens of both versions",
+        went_on if spanning else "no answer was in the middle of its tokens just then",
     ]
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _accident(day: Day) -> list[str]:
@@ -129,7 +134,7 @@ def _accident(day: Day) -> list[str]:
     lines = [
         f"worker {accident.pid} was killed (SIGKILL) after {accident.at - day.began:.1f} s; "
         f"another took its place in {accident.recovered_at - accident.at:.2f} s",
-        f"{broken} requests broke, all were sent again and answered",
+        f"{_counted(broken, 'request')} broke; what broke was sent again and answered",
     ]
     lost = sum(not turn.found for turn in day.ledger.turns)
     unheard = day.ledger.extra

@@ -170,14 +170,16 @@ class EmbeddedEngine:
         self._made = 0
 
     def configure(self, changes: dict[str, object]) -> None:
-        """Set some switches; fault counts begin anew. A latency holds at once, for what is generating, too.
+        """Set some switches; fault counts begin anew. A latency holds at once, for what is generating, too;
+        what a pause holds looks again when it goes on.
         Raises msgspec.ValidationError and then sets none."""
         merged = {**msgspec.structs.asdict(self.switches), **changes}
         self.switches = msgspec.convert(merged, Switches)
         self.bodies = deque(self.bodies, maxlen=self.switches.keep_bodies)
         self._faults = 0
         for generation in self.in_flight.values():
-            generation.poke()
+            if generation.since is not None:
+                generation.poke()
 
     def next_fault(self) -> Fault:
         """Count a generation request and say what shall happen to it."""

@@ -6,8 +6,9 @@ it:
 
 * A run at the start, then one an interval. While a dump is waiting to be tried again, the store is asked more
   often; it keeps a back-off a session.
-* What went wrong is in the log (first failure, each new try, recovery), and, over the supervisor, in every
-  worker's /health: which sessions cannot be written, and why.
+* What went wrong is in the log (a session's first failure, a reminder now and then, its recovery; a folder
+  that cannot be written to, already at the start), and, over the supervisor, in every worker's /health: which
+  sessions cannot be written, and why. Ten thousand of them are not ten thousand lines.
 * Heartbeats come from the loop, between sessions; one that blocks in a disk for long is a hung one.
 * At the end of service it dumps what is left, in portions, most valuable first: a kill loses as little as
   can be.
@@ -26,6 +27,7 @@ from areal_fast.protocol.records import NO_COURIER, UNCLAIMED
 from areal_fast.service import child, words
 from areal_fast.service.child import HEARTBEAT_S, Child
 from areal_fast.store import CleanupReport, SessionStore
+from areal_fast.store.dump import unusable
 
 NICENESS: Final = 10
 RETRY_S: Final = 1.0
@@ -37,6 +39,9 @@ STOCK_BYTES: Final = 8 << 20
 pay 0.5 ms for its next 2 MiB."""
 PORTION_S: Final = 2.0
 MAX_FAILURES_TOLD: Final = 20
+"""Sessions named one by one: in /health, and in the log a run."""
+REMIND_S: Final = 600.0
+"""How often the log repeats that dumps are still failing."""
 NEVER_S: Final = 1e9
 
 
@@ -56,6 +61,8 @@ class Cleaner:
         )
         self.store.cleaner.on_freed = self._freed
         self.failing: dict[str, str] = {}
+        self.folder_trouble = ""
+        self._remind_at = 0.0
         self._orders: list[dict[str, Any]] = []
         self._status: dict[str, Any] = {}
         self._poll = select.poll()
@@ -96,6 +103,7 @@ class Cleaner:
         """One run; True if something is waiting to be tried again soon."""
         settings, begun = self._settings, time.time()
         error = None
+        self._look_at_folder()
         try:
             report = self.store.cleanup_stale(
                 settings.session_timeout_s,
@@ -116,6 +124,7 @@ class Cleaner:
             kept_for_want_of_a_dump_path=report.kept,
             waiting=report.waiting,
             error=error,
+            dump_path_error=self.folder_trouble or None,
         )
         if report.sessions or report.failures:
             self._log.info(
@@ -147,17 +156,41 @@ class Cleaner:
             if amount:
                 self._arena.count(counter, amount)
 
+    def _look_at_folder(self) -> None:
+        """Say early, not when the first session goes stale, that the folder takes no dumps."""
+        path = self._settings.dump_path
+        trouble = unusable(path) if path else ""
+        if trouble and trouble != self.folder_trouble:
+            self._log.warning(
+                "dump_path_unusable", path=path, why=trouble, hint="stale sessions are kept until it is"
+            )
+        elif self.folder_trouble and not trouble:
+            self._log.notice("dump_path_usable", path=path)
+        self.folder_trouble = trouble
+
     def _note_failures(self, report: CleanupReport) -> None:
-        """Keep `failing` true: what failed now or earlier and is still detached."""
+        """Keep `failing` true: what failed now or earlier and is still detached. Tell what is new."""
         detached = self._detached()
-        for failure in report.failures:
-            if self.failing.get(failure.session_id) != failure.reason:
-                self._log.warning("dump_failed", session=failure.session_id, why=failure.reason)
-            self.failing[failure.session_id] = failure.reason
-        recovered = [session_id for session_id in self.failing if session_id not in detached]
-        for session_id in recovered:
-            del self.failing[session_id]
+        known, self.failing = self.failing, {s: why for s, why in self.failing.items() if s in detached}
+        recovered = [session_id for session_id in known if session_id not in detached]
+        failed = [f for f in report.failures if known.get(f.session_id) != f.reason]
+        self.failing |= {failure.session_id: failure.reason for failure in report.failures}
+        path, now = self._settings.dump_path, time.monotonic()
+        for failure in failed[:MAX_FAILURES_TOLD]:
+            self._log.warning("dump_failed", session=failure.session_id, why=failure.reason, path=path)
+        if len(failed) > MAX_FAILURES_TOLD:
+            more = len(failed) - MAX_FAILURES_TOLD
+            self._log.warning("dump_failed", more_sessions=more, why=failed[-1].reason, path=path)
+        for session_id in recovered[:MAX_FAILURES_TOLD]:
             self._log.notice("dump_recovered", session=session_id)
+        if len(recovered) > MAX_FAILURES_TOLD:
+            self._log.notice("dump_recovered", more_sessions=len(recovered) - MAX_FAILURES_TOLD)
+        if failed or not self.failing:
+            self._remind_at = now + REMIND_S
+        elif now >= self._remind_at:
+            self._remind_at = now + REMIND_S
+            last = next(reversed(self.failing.values()))
+            self._log.warning("dumps_still_failing", sessions=len(self.failing), why=last, path=path)
 
     def _detached(self) -> set[str]:
         arena = self._arena

@@ -106,6 +106,19 @@ def _tensors(
     yield b"}"
 
 
+def unusable(path: str) -> str:
+    """Why no dump can be written to the folder now, or "". The folder is made if it is missing."""
+    try:
+        DumpDir(path).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError as error:  # a NUL in it
+        return str(error)
+    if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
+        return "not writable"
+    return ""
+
+
 class DumpDir:
     """An open dump directory, made if it is missing. OSError as the system says."""
 

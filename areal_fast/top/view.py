@@ -203,6 +203,8 @@ class View:
             first = failures[0] if isinstance(failures, list) and failures else None
             why = f": {first.get('reason')}" if isinstance(first, dict) else ""
             found.append(Wrong(f"{failing} {_plural(failing, 'session', 'sessions')} cannot be dumped{why}"))
+        elif cleanup.get("dump_path_error"):
+            found.append(Wrong(f"the dump folder cannot be written to: {cleanup['dump_path_error']}"))
         if cleanup.get("error"):
             found.append(Wrong(f"the cleaner's last run failed: {cleanup['error']}"))
         if kept := int(self.now.get("sessions_kept")):

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.running import ADMIN, Answer, Proxy, alive, wait_until
+from tests.e2e.running import ADMIN, WATCHDOG_S, Answer, Proxy, alive, wait_until
 from tests.e2e.test_life import shard_ids
 
 SECONDS = 15.0
@@ -49,7 +49,7 @@ class Lives(threading.Thread):
 
     def ask(self, method: str, path: str, body: Any, key: str) -> Answer:
         """The reply, asked for again as often as the connection breaks or the engine is away."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + WATCHDOG_S
         while True:
             try:
                 answer = self.proxy.ask(method, path, body, key=key)
@@ -108,7 +108,8 @@ def accidents(proxy: Proxy, chance: random.Random, until: float) -> int:
 
 @pytest.mark.soak
 def test_lives_under_random_kills(tmp_path: Path, seed: int) -> None:
-    flags = ("--session-timeout-seconds", "4", "--stale-session-cleanup-interval-seconds", "0.2")
+    # longer than a request can wait for workers that are stopped one after the other, and started again
+    flags = ("--session-timeout-seconds", "20", "--stale-session-cleanup-interval-seconds", "0.2")
     dumping = ("--stale-session-dump-path", str(tmp_path), "--hang-timeout-seconds", "1.5")
     with Proxy(*flags, *dumping, workers=3, log_level="warning") as proxy:
         stop = threading.Event()
@@ -118,7 +119,7 @@ def test_lives_under_random_kills(tmp_path: Path, seed: int) -> None:
         count = accidents(proxy, random.Random(seed), time.monotonic() + SECONDS)
         stop.set()
         for agent in agents:
-            agent.join(60)
+            agent.join(WATCHDOG_S)
             assert not agent.is_alive()
         for agent in agents:
             if agent.error is not None:
@@ -126,7 +127,7 @@ def test_lives_under_random_kills(tmp_path: Path, seed: int) -> None:
         lives = sum(len(agent.exported) for agent in agents)
         assert lives > 20 and count > 5, (lives, count)
         try:
-            wait_until(lambda: proxy.health()["sessions"] == 0, "everything left has gone stale", 120)
+            wait_until(lambda: proxy.health()["sessions"] == 0, "everything left has gone stale", 180)
         except AssertionError as error:  # who still holds what, and what the supervisor did
             held = proxy.ask("GET", "/admin/sessions", key=ADMIN).body.decode()
             raise AssertionError("\n".join([held, str(proxy.health()), *proxy.lines[-60:]])) from error

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 
 from tests.e2e.running import ADMIN, Proxy, wait_until
+from tests.unit.service.provider import Provider, Scripted
+
+MIB = 1 << 20
 
 
 def abandoned(proxy: Proxy, path: str, body: bytes, key: str) -> socket.socket:
     """A request whose client will not read its answer."""
-    client = socket.create_connection(("127.0.0.1", proxy.port))
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    client.connect(("127.0.0.1", proxy.port))
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     client.sendall(head.encode() + body)
@@ -56,17 +59,35 @@ def test_a_chat_that_was_answered_is_a_new_sample_though_its_worker_died() -> No
 
 
 def test_an_export_whose_worker_died_before_its_reply_is_repeated_with_removal() -> None:
-    """The session goes only with a reply that arrived, so that an identical request finds it as it was."""
-    with Proxy() as proxy:
+    """The session goes only with a reply that arrived, so that an identical request finds it as it was. The
+    reply is larger than any socket's buffers and nobody reads it: its worker dies in the middle of it."""
+    with Provider() as provider, Proxy() as proxy:
+        content = "x" * (4 * MIB)
+        provider.answers += [Scripted(200, [completion(content)]) for _ in range(3)]
+        model = {"name": "other", "url": provider.url, "model": "m", "api_key": "k"}
+        assert proxy.ask("POST", "/register_model", model, key=ADMIN).status == 200
         session_id, key = proxy.start("export")
-        first = proxy.chat(key).json["id"]
-        proxy.reward(key)
+        for turn in range(3):
+            assert proxy.chat(key, f"turn {turn}", model="other").status == 200
+        assert proxy.reward(key).status == 200
         body = json.dumps({"session_id": session_id, "remove_session": True}).encode()
-        client = abandoned(proxy, "/export_trajectories", body[:-1], ADMIN)
-        for pid in proxy.worker_pids():
-            os.kill(pid, signal.SIGKILL)
-        client.close()
-        wait_until(lambda: proxy.health()["sessions"] == 1, "a worker answers again")
+        with proxy.each_worker() as workers:
+            client = abandoned(proxy, "/export_trajectories", body, ADMIN)
+            head = client.recv(4096, socket.MSG_WAITALL)
+            assert head.startswith(b"HTTP/1.1 200"), head
+            wait_until(lambda: proxy.health()["arena"]["txns_open"] == 1, "it is known that it is under way")
+            proxy.kill(*workers)
+            client.close()
+        wait_until(lambda: len(set(proxy.worker_pids()) - set(workers)) == 2, "both have successors")
+        assert proxy.health()["sessions"] == 1
         answer = proxy.ask("POST", "/export_trajectories", body, key=ADMIN)
-        assert list(answer.json["interactions"]) == [first]
+        assert answer.status == 200
+        assert len(answer.json["interactions"]) == 3 and len(answer.body) > 12 * MIB
         assert proxy.ask("POST", "/export_trajectories", body, key=ADMIN).status == 404
+
+
+def completion(content: str) -> bytes:
+    """What a provider answers."""
+    message = {"role": "assistant", "content": content}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    return json.dumps({"id": "c", "object": "chat.completion", "choices": [choice]}).encode()

@@ -201,7 +201,7 @@ def test_while_paused_requests_wait(engine: Engine) -> None:
 
 def test_pausing_in_place_holds_and_goes_on(engine: Engine) -> None:
     whole = engine.generate(max_new_tokens=40, ignore_eos=True).json
-    engine.configure(token_latency_s=3600)
+    engine.configure(token_latency_s=10.0)  # far from done when it is paused
     running = engine.generate(max_new_tokens=40, ignore_eos=True, later=True)
     engine.wait(lambda stats: stats["in_flight"] == 1)
     engine.call("POST", "/pause_generation", {"mode": "in_place"})

@@ -74,6 +74,20 @@ def test_sizes(text: str, size: int) -> None:
     assert settings("--arena-max-bytes", text).arena_max_bytes == size
 
 
+@pytest.mark.parametrize("seconds", ["1e10", "1e300", "9" * 400])
+def test_times_without_end_are_a_finite_one(seconds: str) -> None:
+    """Whoever means never may say so; what is made of it, in nanoseconds, must stay a number."""
+    for flag, name in (
+        ("--session-timeout-seconds", "session_timeout_s"),
+        ("--shard-ttl-seconds", "shard_ttl_s"),
+        ("--set-reward-finish-timeout", "set_reward_finish_timeout_s"),
+    ):
+        if seconds.isdigit():
+            assert "finite" in refusal(*LOCAL, flag, seconds)
+        else:
+            assert getattr(settings(flag, seconds), name) == config.FOR_EVER_S
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
@@ -91,6 +105,7 @@ def test_sizes(text: str, size: int) -> None:
         ("--stale-session-cleanup-interval-seconds", "0"),
         ("--arena-max-bytes", "lots"),
         ("--arena-max-bytes", "1M"),
+        ("--arena-max-bytes", "900T"),
         ("--log-level", "loud"),
         ("--backend-type", "tgi"),
         ("--engine-max-tokens", "0"),
@@ -100,6 +115,12 @@ def test_sizes(text: str, size: int) -> None:
 )
 def test_a_bad_value_is_refused_by_the_flags_name(flag: str, value: str) -> None:
     assert flag in refusal(*LOCAL, flag, value)
+
+
+def test_the_default_key_is_refused_by_the_host_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "host '10.0.0.7';" in refusal("--backend-addr", "", "--host", "10.0.0.7")
+    monkeypatch.setattr(config, "reachable_host", lambda host: "10.1.2.3")
+    assert "host '0.0.0.0' (10.1.2.3);" in refusal("--backend-addr", "")
 
 
 @pytest.mark.parametrize(
