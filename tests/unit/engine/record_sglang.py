@@ -4,8 +4,9 @@
     pip install pydantic orjson partial-json-parser
     python tests/unit/engine/record_sglang.py SGLANG
 
-Of SGLang only the detectors are run: the modules above them, which want torch and CUDA, are replaced by the few
-names that the detectors import. What is reasoning is decided as in areal.experimental.openai.tool_call_parser.
+Of SGLang only the detectors are run: the modules above them, which want torch and CUDA, are replaced by the
+few names that the detectors import. What is reasoning is decided as in
+areal.experimental.openai.tool_call_parser.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from tests.unit.engine.test_tools import SGLANG_CALLS, TOOLS  # noqa: E402
+from tests.unit.engine.test_tools import SGLANG_CALLS, TOOLS
+
+_PACKAGES = (
+    "sglang",
+    "sglang.srt",
+    "sglang.srt.function_call",
+    "sglang.srt.parser",
+    "sglang.srt.entrypoints",
+    "sglang.srt.entrypoints.openai",
+    "sglang.srt.debug_utils",
+)
 
 
 class _Named(types.SimpleNamespace):
@@ -30,8 +41,7 @@ class _Named(types.SimpleNamespace):
 
 def _stub(folder: Path) -> None:
     """Packages without their __init__, and the modules that would import the engine."""
-    for name in ("sglang", "sglang.srt", "sglang.srt.function_call", "sglang.srt.parser",
-                 "sglang.srt.entrypoints", "sglang.srt.entrypoints.openai", "sglang.srt.debug_utils"):  # fmt: skip
+    for name in _PACKAGES:
         package = types.ModuleType(name)
         package.__path__ = [str(folder.joinpath(*name.split(".")))]
         sys.modules[name] = package
