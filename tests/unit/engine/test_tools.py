@@ -52,8 +52,8 @@ ONE_CALL = {
 }
 
 SGLANG_CALLS = Path(__file__).with_name("sglang_calls.jsonl")
-"""What SGLang 0.5.10's own parsers say (record_sglang.py). Chosen among more texts: those on which ours differs
-on purpose or knowingly (calls cut off or malformed, text behind a call) were left out."""
+"""What SGLang 0.5.10's own parsers say (record_sglang.py). Chosen among more texts: those on which
+ours differs on purpose or knowingly (calls cut off or malformed, text behind a call) were left out."""
 SAID = [json.loads(line) for line in SGLANG_CALLS.read_text(encoding="utf-8").splitlines()]
 
 
