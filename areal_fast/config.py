@@ -139,7 +139,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     p = _Parser(
         prog=prog,
         description="The proxy between RL agents and an inference engine: it records every interaction.",
-        epilog="Other commands: areal-fast demo, areal-fast embedded (both with --help).",
+        epilog="Other commands, each with --help: areal-fast demo, top, dumps, embedded.",
         allow_abbrev=False,
     )
     add = p.add_argument

@@ -2,7 +2,8 @@
 
 The budget (wire page, "Chat"): `max_total_tokens`, capped by --engine-max-tokens, minus the prompt; at most
 `max_completion_tokens` (or its old name `max_tokens`); 512 if neither is given; and never more than 32768
-minus the prompt. A prompt that leaves nothing is a 400 with the original's text.
+(v2: --engine-max-tokens or 32768) minus the prompt. A prompt that leaves nothing is a 400 with the original's
+text.
 
 Pure: no I/O. Source: areal.experimental.openai.client (create), areal.api.cli_args.GenerationHyperparameters.
 """

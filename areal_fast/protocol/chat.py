@@ -35,6 +35,7 @@ _BOTH_BUDGETS = (
     "max_tokens has been deprecated. Please use max_completion_tokens instead. "
     "To set the total max tokens, please use max_total_tokens instead."
 )
+_NOT_ONE = "NotImplementedError: n != 1 is not supported yet"
 _NO_IMAGE_URL = (
     "image_url content part has an empty or missing URL. "
     "Provide a valid data URI or HTTP(S) URL in image_url.url."
@@ -130,7 +131,7 @@ def decode_chat(body: bytes) -> ChatRequest:
 def _check(request: ChatRequest) -> None:
     """What the types do not say."""
     if request.n is not None and request.n != 1:
-        raise BadChat("NotImplementedError: n != 1 is not supported yet")
+        raise BadChat(_NOT_ONE)
     if request.areal_cache not in (None, msgspec.UNSET):
         raise BadChat(
             "TypeError: areal.experimental.openai.client.AsyncCompletionsWithReward.create() "
@@ -241,11 +242,17 @@ def _decode_again(body: bytes, error: Exception) -> ChatRequest:
         if value is not None and not isinstance(value, dict):
             attribute_error = f"AttributeError: '{type(value).__name__}' object has no attribute 'get'"
             raise BadChat(attribute_error if name == "extra_body" else _not_a_mapping(value))
+    if isinstance(fields.get("n"), (str, list, dict)):
+        raise BadChat(_NOT_ONE)
     for name in ("max_tokens", "max_completion_tokens"):
-        if isinstance(fields.get(name), str):
-            raise BadChat("TypeError: '<' not supported between instances of 'str' and 'int'")
-    if isinstance(fields.get("max_total_tokens"), str):
-        raise BadChat("TypeError: unsupported operand type(s) for -: 'str' and 'int'")
+        if isinstance(value := fields.get(name), (str, list, dict)):
+            kind = type(value).__name__
+            raise BadChat(f"TypeError: '<' not supported between instances of '{kind}' and 'int'")
+    if isinstance(value := fields.get("max_total_tokens"), (str, list, dict)):
+        raise BadChat(f"TypeError: unsupported operand type(s) for -: '{type(value).__name__}' and 'int'")
+    value = fields.get("metadata")
+    if value is not None and not isinstance(value, dict):
+        raise BadChat(f"AttributeError: '{type(value).__name__}' object has no attribute 'get'")
     if isinstance(fields.get("store"), (int, float, str, list, dict)):
         fields["store"] = bool(fields["store"])
     if isinstance(fields.get("model"), (int, float, bool)):
@@ -323,7 +330,6 @@ def _kind_detail(invalid: msgspec.ValidationError, fields: dict[str, Any]) -> st
     name = re.split(r"[.\[`]", path, maxsplit=1)[0]
     wanted = {
         "model": "a string",
-        "metadata": "an object",
         "seed": "an integer",
         "stream": "a boolean",
         "store": "a boolean",

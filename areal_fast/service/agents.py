@@ -75,6 +75,8 @@ class AgentApis:
         return {
             "/v1/models": {"GET": self.models},
             "/models": {"GET": self.models},
+            "/v1/models/": {"GET": self.model},
+            "/models/": {"GET": self.model},
             "/v1/messages": {"POST": self.messages},
             "/v1/messages/count_tokens": {"POST": self.count_tokens},
             "/v1/responses": {"POST": self.responses},
@@ -114,21 +116,34 @@ class AgentApis:
 
     def models(self, exchange: Exchange) -> None:
         """The engine's model and the external ones, in OpenAI's form, or in Anthropic's for its client."""
-        names = [*filter(None, [self._model]), *self._externals.names]
-        found: dict[str, Any]
-        if exchange.headers.get(b"anthropic-version") is not None:
-            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started_s))
-            found = {
-                "data": [
-                    {"type": "model", "id": name, "display_name": name, "created_at": since} for name in names
-                ],
-                "has_more": False,
-                "first_id": names[0] if names else None,
-                "last_id": names[-1] if names else None,
-            }
+        names = self._names()
+        found: dict[str, Any] = {"data": [self._described(exchange, name) for name in names]}
+        if _is_anthropic(exchange):
+            found["has_more"] = False
+            found["first_id"], found["last_id"] = (names[0], names[-1]) if names else (None, None)
         else:
-            created = int(self._started_s)
-            owner = "areal_fast"
-            models = [{"id": n, "object": "model", "created": created, "owned_by": owner} for n in names]
-            found = {"object": "list", "data": models}
+            found["object"] = "list"
         respond_json(exchange, found)
+
+    def model(self, exchange: Exchange) -> None:
+        """One of them; 404 in the API's own form if there is none of that name (which may hold slashes)."""
+        name = exchange.path.partition("/models/")[2]
+        if name in self._names():
+            respond_json(exchange, self._described(exchange, name))
+            return
+        language = anthropic if _is_anthropic(exchange) else responses
+        exchange.respond(404, language.error(404, f"The model {name!r} does not exist"))
+
+    def _names(self) -> list[str]:
+        return [*filter(None, [self._model]), *self._externals.names]
+
+    def _described(self, exchange: Exchange, name: str) -> dict[str, Any]:
+        if _is_anthropic(exchange):
+            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started_s))
+            return {"type": "model", "id": name, "display_name": name, "created_at": since}
+        created = int(self._started_s)
+        return {"id": name, "object": "model", "created": created, "owned_by": "areal_fast"}
+
+
+def _is_anthropic(exchange: Exchange) -> bool:
+    return exchange.headers.get(b"anthropic-version") is not None

@@ -28,7 +28,7 @@ from areal_fast.engine.answer import Answer, Piece, StreamedAnswer, whole_answer
 from areal_fast.engine.detokenize import OutputRejected
 from areal_fast.engine.errors import EngineFault
 from areal_fast.engine.generate import Engine, Generation
-from areal_fast.engine.sampling import sampling_from_chat, stable_seed
+from areal_fast.engine.sampling import MAX_TOTAL_TOKENS, sampling_from_chat, stable_seed
 from areal_fast.engine.tokenizer import Prompt, TemplateFailed, Tokenizer
 from areal_fast.engine.tools import ToolParsing
 from areal_fast.protocol.chat import BadChat, ChatRequest, decode_chat, with_object_arguments
@@ -62,13 +62,15 @@ class Chats:
         externals: Externals,
         *,
         engine_max_tokens: int | None = None,
+        max_total_tokens: int = MAX_TOTAL_TOKENS,
         concat: bool = False,
         tools: ToolParsing | None = None,
         object_arguments: bool = False,
         deterministic: bool = False,
     ) -> None:
-        """`object_arguments`: tool-call arguments become objects before templating (dialect v2).
-        `deterministic`: a recorded request without a seed gets a stable one (--deterministic-sampling)."""
+        """`max_total_tokens`: prompt and answer together are never longer. `object_arguments`: tool-call
+        arguments become objects before templating (dialect v2). `deterministic`: a recorded request without a
+        seed gets a stable one (--deterministic-sampling)."""
         self._store = store
         self._keys = keys
         self._tokenizer = tokenizer
@@ -76,6 +78,7 @@ class Chats:
         self._log = log
         self._externals = externals
         self._engine_max_tokens = engine_max_tokens
+        self._max_total_tokens = max_total_tokens
         self._concat = concat
         self._tools = tools
         self._object_arguments = object_arguments
@@ -166,7 +169,11 @@ class Chats:
             chat.stop = None
         prompt = Prompt.of(twin.ids[: twin.prompt_len])
         sampling = sampling_from_chat(
-            chat, len(prompt), tokenizer.stop_ids, engine_max_tokens=self._engine_max_tokens
+            chat,
+            len(prompt),
+            tokenizer.stop_ids,
+            engine_max_tokens=self._engine_max_tokens,
+            max_total_tokens=self._max_total_tokens,
         )
         generation = Generation(
             output_ids=array("i", twin.ids[twin.prompt_len :].tolist()),
@@ -208,6 +215,7 @@ class Chats:
                 len(prompt),
                 tokenizer.stop_ids,
                 engine_max_tokens=self._engine_max_tokens,
+                max_total_tokens=self._max_total_tokens,
                 seed=None if turn is None or session is None else self._seed(session, turn),
             )
             if turn is not None:

@@ -132,6 +132,7 @@ _SHARD_ID: Final[Schema] = {
     "required": True,
     "schema": {"type": "string", "minLength": 1},
 }
+_MODEL: Final[Schema] = {**_SHARD_ID, "name": "model"}
 
 
 def _paths(ref: dict[type, Schema]) -> dict[str, Schema]:
@@ -149,6 +150,9 @@ def _paths(ref: dict[type, Schema]) -> dict[str, Schema]:
         ok=_OBJECT, errors=chat_errors, key="any", kinds=streams, error=_API_ERROR,
     )  # fmt: skip
     models = _operation("The models' names", ok=_object({"data": _list(_OBJECT)}))
+    model = _operation(
+        "One model", ok=_object({"id": _TEXT}), errors=(404,), error=_API_ERROR, parameters=(_MODEL,)
+    )
     shard_ids = _object({"shard_ids": _list(_TEXT)})
     exporting = {"oneOf": [ref[messages._ExportMany], ref[messages._ExportOne]]}
     exported = {"anyOf": [_object({"traj": _OBJECT}), _object({"interactions": _OBJECT})]}
@@ -195,6 +199,7 @@ def _paths(ref: dict[type, Schema]) -> dict[str, Schema]:
         ),
         "/v1/models": models,
         "/models": models,
+        "/v1/models/{model}": model,
         "/data/{shard_id}": get_shard,
     }  # fmt: skip
     post: Schema = {

@@ -2,7 +2,8 @@
 
 Every handler gets the Exchange and answers it, at once or as a coroutine (what only touches the arena answers
 at once; no task is made for it). Order of the checks, as the original: body (422), authorization (401, 403),
-the rule itself. Unknown path: 404; known path, other method: 405 with Allow. Source: the wire page.
+the rule itself. Unknown path: 404; known path, other method: 405 with Allow. A path of `more` that ends with
+a slash stands for all below it. Source: the wire page.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class Routes:
             "/export_trajectories": {"POST": self.export_trajectories},
             **(more or {}),
         }
+        self._below = {path: self._table.pop(path) for path in [*self._table] if path.endswith("/")}
         shard: dict[str, Handler] = {"GET": self.get_shard, "PUT": self.put_shard}
         self._shard = shard
         self._table["/data/batch"] = {**shard, "POST": self.batch}
@@ -92,6 +94,8 @@ class Routes:
         path = exchange.path
         methods = self._table.get(path)
         data = path.startswith("/data/")
+        if methods is None and not data and not path.endswith("/"):
+            methods = next((each for below, each in self._below.items() if path.startswith(below)), None)
         if methods is None:
             if not data or "/" in path[6:] or len(path) == 6:
                 refuse(exchange, 404, "Not Found")

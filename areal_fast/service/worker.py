@@ -24,6 +24,7 @@ from typing import Any
 import uvloop
 
 from areal_fast.core import CoreError
+from areal_fast.engine.sampling import MAX_TOTAL_TOKENS
 from areal_fast.engine.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from areal_fast.engine.tools import ParserMissing, ToolParsing
 from areal_fast.http import Limits, Server
@@ -92,6 +93,7 @@ class Worker:
         self.shared = Shared(me.send, self._apply)
         keys = Keys(settings.admin_api_key)
         self.health = Health(self.store, self.state, self.engines, time.time())
+        v2 = settings.areal_dialect == "v2"
         self.chats = Chats(
             self.store,
             keys,
@@ -100,9 +102,10 @@ class Worker:
             me.log,
             self.externals,
             engine_max_tokens=settings.engine_max_tokens,
+            max_total_tokens=(v2 and settings.engine_max_tokens) or MAX_TOTAL_TOKENS,
             concat=settings.chat_template_type == "concat",
             tools=tools,
-            object_arguments=settings.areal_dialect == "v2",
+            object_arguments=v2,
             deterministic=settings.deterministic_sampling,
         )
         metrics = Metrics(
@@ -120,7 +123,7 @@ class Worker:
                 self.shared,
                 keys,
                 self.externals,
-                admin_registers=settings.areal_dialect == "v2",
+                admin_registers=v2,
             ),
             self.health,
             keys,

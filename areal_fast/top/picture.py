@@ -23,6 +23,8 @@ SPARKS: Final = " ▁▂▃▄▅▆▇█"
 TITLE: Final = 10
 EACH: Final = 38
 """Columns of one process."""
+MAX_CHART: Final = 12
+"""Lines of the chart of turns where there is room."""
 MAX_WRONG: Final = 4
 WRONG_LINES: Final = 2
 """Lines of one thing that is wrong: its reason is what one looks for."""
@@ -42,6 +44,10 @@ def picture(view: View, url: str, width: int, height: int, clock: float) -> list
             [*_engine(view), *_memory(view, width), *_cleanup(view, clock)],
         ]
         needed = sum(map(len, blocks)) + 1 + _rows(processes, width)
+        spare = height - needed - len(blocks)
+        if spare > 0:
+            blocks[1] = list(_traffic(view, width, min(1 + spare, MAX_CHART)))
+            needed += len(blocks[1]) - 3
         if needed > height:
             needed -= len(blocks[2])
             blocks[2] = list(_routes(view, every=False))
@@ -110,7 +116,7 @@ def _wrong(view: View, width: int) -> Iterable[Line]:
         yield [(f"  and {len(found) - MAX_WRONG + 1} more", "bad")]
 
 
-def _traffic(view: View, width: int) -> Iterable[Line]:
+def _traffic(view: View, width: int, chart_rows: int = 1) -> Iterable[Line]:
     now = view.now
     states = now.by("sessions", "state")
     said: Line = [_title("sessions")]
@@ -127,11 +133,9 @@ def _traffic(view: View, width: int) -> Iterable[Line]:
     room = max(0, width - TITLE - 10)
     shown = list(view.turns)[-room:] if room else []
     peak = max(shown, default=0.0)
-    yield [
-        _title(""),
-        (spark(list(view.turns)[-room:], peak), "good"),
-        (f" {amount(peak)}/s" if peak else "", "dim"),
-    ]
+    for row, bars in enumerate(chart(shown, peak, chart_rows)):
+        scale = f" {amount(peak)}/s" if peak and row == 0 else ""
+        yield [_title(""), (bars, "good"), (scale, "dim")]
 
 
 def _routes(view: View, *, every: bool) -> Iterable[Line]:
@@ -235,12 +239,16 @@ def _process(process: Process) -> Line:
 
 
 # -- pieces ------------------------------------------------------------------------------------------------
-def spark(values: list[float], peak: float) -> str:
-    """Values as bars, one column each."""
+def chart(values: list[float], peak: float, rows: int) -> list[str]:
+    """Values as bars, one column each and `rows` lines high, the top line first."""
     if peak <= 0:
-        return ""
+        return [""] * rows
     steps = len(SPARKS) - 1
-    return "".join(SPARKS[min(steps, -int(-steps * max(value, 0.0) // peak))] for value in values)
+    heights = [min(rows * steps, -int(-rows * steps * max(value, 0.0) // peak)) for value in values]
+    return [
+        "".join(SPARKS[min(steps, max(0, height - row * steps))] for height in heights)
+        for row in reversed(range(rows))
+    ]
 
 
 def _title(name: str) -> Span:

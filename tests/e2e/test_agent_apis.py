@@ -308,9 +308,15 @@ def test_a_cut_answer(proxy: Proxy) -> None:
 
 
 def test_models_are_listed_with_external_ones(proxy: Proxy) -> None:
-    body = {"name": "ext", "url": "http://127.0.0.1:9", "model": "m"}
+    body = {"name": "org/ext", "url": "http://127.0.0.1:9", "model": "m"}
     assert proxy.ask("POST", "/register_model", body, key=ADMIN).status == 200
     with Openai(proxy, "k") as client:
-        assert {"qwen", "ext"} == {model.id for model in client.models.list()}
+        assert {"qwen", "org/ext"} == {model.id for model in client.models.list()}
+        assert client.models.retrieve("org/ext").id == "org/ext"
+        with pytest.raises(openai.NotFoundError, match="'none' does not exist"):
+            client.models.retrieve("none")
     with anthropic_client(proxy, api_key="k") as client:
-        assert {"qwen", "ext"} == {model.id for model in client.models.list()}
+        assert {"qwen", "org/ext"} == {model.id for model in client.models.list()}
+        assert client.models.retrieve("org/ext").id == "org/ext"
+        with pytest.raises(anthropic.NotFoundError, match="'none' does not exist"):
+            client.models.retrieve("none")

@@ -67,6 +67,18 @@ def test_v2_tells_turns_and_rewards_before_discounting(qwen_tokenizer: Path, sam
     assert len(seeds) == TURNS if sampling else seeds == {None}
 
 
+@pytest.mark.parametrize(("dialect", "budget"), [("v2", 50_000), ("1.0", 32_768)])
+def test_the_engines_limit_is_the_ceiling_in_v2_alone(
+    qwen_tokenizer: Path, dialect: str, budget: int
+) -> None:
+    """Chat, Budget: never more than 32768 − prompt (v2: --engine-max-tokens or 32768)."""
+    flags = ["--areal-dialect", dialect, "--engine-max-tokens", "50000"]
+    with StandIn() as engine, ours(engine.url, qwen_tokenizer, flags) as proxy:
+        post(proxy.address, "/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})
+        (asked,) = [call.body for call in engine.received if call.path == GENERATE]
+        assert len(asked["input_ids"]) + asked["sampling_params"]["max_new_tokens"] == budget
+
+
 def test_v2_registers_models_for_the_admin_alone(qwen_tokenizer: Path) -> None:
     """Rules, register_model: admin in v2, from loopback too."""
     with StandIn() as engine, ours(engine.url, qwen_tokenizer, ["--areal-dialect", "v2"]) as proxy:

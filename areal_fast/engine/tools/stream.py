@@ -5,9 +5,10 @@ file a family) only says which markers open a block and how a block is read. The
 places: outside, inside reasoning (whose text is content and is never looked at for calls), or in a block.
 
 When a block opens, content stops: what may turn out to be a call is held back, with the white space before
-it. The first good call settles it: the held text is dropped, and so is all text after, as SGLang's parsers
-drop it. If the answer ends without a good call, the held text leaves as plain text: a call that cannot be
-read is never an error. Calls leave whole, because half a call could not be taken back.
+it. The first good call settles it: the held text is dropped, and so is all text after, as most of SGLang's
+parsers drop it (those of llama3, mistral and gpt-oss keep some of it). If the answer ends without a good
+call, the held text leaves as plain text: a call that cannot be read is never an error. Calls leave whole,
+because half a call could not be taken back.
 
 Invariants: content and calls, joined, do not depend on how the text was cut; without calls the content is
 the text, character by character; content never changes after it left; every character is looked at a

@@ -58,6 +58,17 @@ SURROGATE = "TypeError: TextEncodeInput must be Union[TextInputSequence, Tuple[I
         ("{" + M + ',"stream":"yes"}', "TypeError: stream must be a boolean, got str"),
         ("{" + M + ',"stream":1}', "TypeError: stream must be a boolean, got int"),
         ("{" + M + ',"stop":[1]}', "TypeError: stop must be a string or a list of strings, got list"),
+        ("{" + M + ',"n":"1"}', "NotImplementedError: n != 1 is not supported yet"),
+        ("{" + M + ',"n":[]}', "NotImplementedError: n != 1 is not supported yet"),
+        (
+            "{" + M + ',"max_tokens":[]}',
+            "TypeError: '<' not supported between instances of 'list' and 'int'",
+        ),
+        (
+            "{" + M + ',"max_total_tokens":{}}',
+            "TypeError: unsupported operand type(s) for -: 'dict' and 'int'",
+        ),
+        ("{" + M + ',"metadata":5}', "AttributeError: 'int' object has no attribute 'get'"),
         ("{" + M + ',"model":["a"]}', "TypeError: model must be a string, got list"),
         (
             "{" + M + ',"areal_cache":{}}',

@@ -228,3 +228,20 @@ def test_models(service: Service) -> None:
         ("ext", "model"),
     ]
     assert (listed["first_id"], listed["last_id"], listed["has_more"]) == ("a-model", "ext", False)
+
+
+def test_one_model(service: Service) -> None:
+    service.externals.use({"org/ext é": {"url": "http://x", "model": None, "api_key": None}})
+    anthropic_form = {"anthropic-version": "2023-06-01"}
+    for path in ("/models/a-model", "/v1/models/a-model"):
+        assert service.ask("GET", path).json["object"] == "model"
+    path = "/v1/models/org/ext é"
+    assert service.ask("GET", path).json["id"] == "org/ext é"
+    assert service.ask("GET", path, headers=anthropic_form).json["type"] == "model"
+    missing = service.ask("GET", "/v1/models/b")
+    assert missing.status == 404 and missing.json["error"]["type"] == "invalid_request_error"
+    missing = service.ask("GET", "/v1/models/b", headers=anthropic_form)
+    assert missing.status == 404 and missing.json["error"]["type"] == "not_found_error"
+    assert service.ask("POST", "/v1/models/a-model").status == 405
+    for path in ("/v1/models/", "/models/", "/v1/models/a/"):
+        assert service.ask("GET", path).json == {"detail": "Not Found"}

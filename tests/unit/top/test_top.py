@@ -25,7 +25,7 @@ from areal_fast.service.words import SharedState
 from areal_fast.store import SessionStore
 from areal_fast.top import main
 from areal_fast.top import view as views
-from areal_fast.top.picture import columns, fit, picture, short, spark, text
+from areal_fast.top.picture import chart, columns, fit, picture, short, text
 from areal_fast.top.samples import Sample, Source, Unreachable, address, parse
 from areal_fast.top.view import View, amount, duration, quantile, size
 from tests.model_arena import ModelArena
@@ -292,6 +292,18 @@ def test_a_usual_picture_is_whole_at_80_by_24(proxy: Proxy, view: View) -> None:
         assert said in drawn, said
 
 
+def test_a_tall_terminal_gets_a_tall_chart(proxy: Proxy, view: View) -> None:
+    bars = []
+    for height in range(20, 60):
+        proxy.arena.count(meters.TURNS, 10)
+        view.add(proxy.sample(float(height)))
+        lines = text(picture(view, URL, 100, height, 0.0)).splitlines()
+        assert len(lines) <= height
+        bars.append(sum("█" in line and "arena" not in line for line in lines))
+        assert any("worker-1" in line for line in lines)
+    assert (bars[0], bars[-1]) == (1, 12) and bars == sorted(bars)
+
+
 def test_what_does_not_fit_is_counted(proxy: Proxy) -> None:
     assert "and 3 more" not in text(picture(everything(proxy), URL, 80, 60, 0.0))
     drawn = text(picture(everything(proxy), URL, 80, 30, 0.0))
@@ -299,7 +311,8 @@ def test_what_does_not_fit_is_counted(proxy: Proxy) -> None:
 
 
 def test_bars_and_cuts() -> None:
-    assert spark([0, 1, 4, 8], 8) == " ▁▄█" and spark([1], 0) == ""
+    assert chart([0, 1, 4, 8], 8, 1) == [" ▁▄█"] and chart([1], 0, 2) == ["", ""]
+    assert chart([0, 1, 4, 8], 8, 2) == ["   █", " ▂██"]
     assert (fit("abcdef", 4), fit("abc", 3), fit("漢字漢", 5), fit("x", 0)) == ("abc…", "abc", "漢字…", "")
 
 
