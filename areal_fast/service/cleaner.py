@@ -188,6 +188,8 @@ class Cleaner:
                 if expired:
                     self._arena.count(words.SHARDS_EXPIRED, expired)
                     self._log.info("shards_expired", shards=expired)
+            if freed := self.store.routed_garbage.look():
+                self._log.info("routed_experts_freed", shards=freed)
             self._arena.punch_idle(PUNCH_GRANULES)
         except IndexBusy:
             pass  # next time

@@ -28,13 +28,14 @@ STEP_BYTES = 196608
 
 
 class Part(NamedTuple):
-    """One shard of a reply. data: its `nbytes` bytes as kept, or what makes them when their turn has come."""
+    """One shard of a reply. data: its `nbytes` bytes as kept, or what makes them when their turn has come, or
+    several buffers that follow each other."""
 
     dtype: str
     shape: tuple[int, ...]
     form: Form
     nbytes: int
-    data: Buffer | Callable[[], Any]
+    data: Buffer | Callable[[], Any] | list[memoryview]
 
     @property
     def size(self) -> int:
@@ -52,12 +53,36 @@ class Part(NamedTuple):
         if self.form == "meta":
             yield before + after
             return
-        data = memoryview(self.data() if callable(self.data) else self.data).cast("B")
+        if isinstance(self.data, list):
+            yield before
+            yield from _joined(self.data, min(step, STEP_BYTES))
+            yield after
+            return
+        source: Any = self.data() if callable(self.data) else self.data
+        data = memoryview(source).cast("B")
         at, bf16 = 0, self.form == "bf16"
         while len(data) - at > step:
             yield base64_encode(data[at : at + step], before, bf16=bf16)
             at, before = at + step, b""
         yield base64_encode(data[at:], before, after, bf16=bf16)
+
+
+def _joined(buffers: Sequence[memoryview], step: int) -> Iterator[bytes]:
+    """Base64 of the buffers as one."""
+    carry = b""
+    for data in buffers:
+        if carry:
+            first = min(3 - len(carry), len(data))
+            carry += data[:first]
+            data = data[first:]
+            if len(carry) < 3:
+                continue
+            yield base64_encode(carry)
+        whole = len(data) // 3 * 3
+        for at in range(0, whole, step):
+            yield base64_encode(data[at : min(at + step, whole)])
+        carry = bytes(data[whole:])
+    yield base64_encode(carry)
 
 
 class Outgoing:

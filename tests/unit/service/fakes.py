@@ -177,7 +177,12 @@ class FakeEngine:
         self.paused = False
 
     async def generate(
-        self, prompt: Prompt, sampling: Sampling, *, on_tokens: Callable[[list[int]], None] | None = None
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        *,
+        on_tokens: Callable[[list[int]], None] | None = None,
+        routed: Any = None,
     ) -> Generation:
         self.asked.append((prompt, sampling))
         if self.hold is not None:
@@ -196,7 +201,6 @@ class FakeEngine:
             version_runs=[VersionRun(3, len(ids))],
             stop_reason="stop" if ids[-1] == 1 else "length",
             attempts=1,
-            routed_experts=[],
         )
 
     async def pause(self) -> None:
