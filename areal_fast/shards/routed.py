@@ -42,6 +42,9 @@ from areal_fast.protocol.records import Routed
 if TYPE_CHECKING:
     from areal_fast.core._core import Arena
 
+WORD_ROUTED = 61
+"""Not 0: there may be such shards. Moves before and after every publish; back to 0 by a look that saw it,
+found none, and finds it unmoved."""
 PREFIX = b"\0R"
 SLICE_BYTES = 1 << 20
 FIRST_BYTES = 1 << 20
@@ -202,7 +205,9 @@ class RoutedIntake:
         """After `finish`, directly before the record's append. IndexBusy: nothing happened, again."""
         assert self._kept is not None
         self._kept.view.release()
+        self._arena.add_word(WORD_ROUTED, 1)
         self._arena.shard_publish(self._kept.slot)
+        self._arena.add_word(WORD_ROUTED, 1)
         self._kept, self._published = None, True
 
     def abandon(self) -> None:
@@ -267,6 +272,9 @@ class Garbage:
     def look(self) -> int:
         """One look; how many shards were freed."""
         arena = self._arena
+        seen = arena.word(WORD_ROUTED)
+        if not seen:
+            return 0
         names: set[bytes] = set()
         others: list[int] = []
         cursor = 0
@@ -282,6 +290,7 @@ class Garbage:
                 break
         if not names:
             self._suspects.clear()
+            arena.cas_word(WORD_ROUTED, seen, 0)
             return 0
         names -= self._of_logs(names)
         for slot in others:

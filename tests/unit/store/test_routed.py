@@ -15,7 +15,7 @@ import pytest
 from areal_fast.core import Arena, ArenaFull
 from areal_fast.protocol import records as rec
 from areal_fast.protocol.messages import ExportRequest
-from areal_fast.shards.routed import RoutedIntake, is_routed
+from areal_fast.shards.routed import WORD_ROUTED, RoutedIntake, is_routed
 from areal_fast.store import SessionStore
 
 WIDTH = 6
@@ -221,6 +221,17 @@ def test_a_removed_session_leaves_garbage_that_two_looks_free(store: SessionStor
     assert routed_shards(store) == 1
     assert exported(store, [kept])["traj"]["routed_experts"]
     assert session_id and key
+
+
+def test_nothing_is_looked_through_while_there_are_none(store: SessionStore) -> None:
+    session_id = record(store, experts(TOKENS - 1))
+    assert store.arena.word(WORD_ROUTED) > 0
+    references = exported(store, [session_id])["traj"].values()
+    store.shards.clear([r["data"]["shard"]["data"]["shard_id"] for r in references])
+    store.routed_garbage.look()
+    assert store.arena.word(WORD_ROUTED) == 0
+    record(store, experts(TOKENS - 1), "u")
+    assert store.arena.word(WORD_ROUTED) > 0
 
 
 def test_expiry_leaves_them_alone(store: SessionStore) -> None:
