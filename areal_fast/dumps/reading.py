@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from areal_fast.protocol.export import DTYPES, NAMES
+from areal_fast.protocol.export import DTYPES, NAMES, ROUTED
 
 Array = npt.NDArray[Any]
 
@@ -292,8 +292,9 @@ def _shape_problems(arrays: dict[str, Array]) -> Iterator[str]:
             if array.shape != (1,):
                 yield f"{plain(name, 40)}: shape {list(array.shape)}, but [1] is expected"
                 del arrays[name]
-        elif array.ndim != 2 or array.shape[0] != 1:
-            yield f"{plain(name, 40)}: shape {list(array.shape)}, but [1, tokens] is expected"
+        elif array.ndim != (3 if name == ROUTED else 2) or array.shape[0] != 1:
+            wanted = "[1, tokens, width]" if name == ROUTED else "[1, tokens]"
+            yield f"{plain(name, 40)}: shape {list(array.shape)}, but {wanted} is expected"
             del arrays[name]
         else:
             lengths[name] = array.shape[1]

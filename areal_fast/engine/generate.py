@@ -27,13 +27,14 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from areal_fast.engine.errors import EngineError, EngineFault, EngineTimeout, EngineUnreachable
+from areal_fast.engine.routed import Receiver, RoutedFilter
 from areal_fast.engine.sampling import Sampling
 from areal_fast.engine.segments import Prompt
-from areal_fast.engine.sglang import Attempt, Call, RoutedExperts, SGLang
+from areal_fast.engine.sglang import Attempt, Call, SGLang
 from areal_fast.engine.sse import EventSplitter, EventTooLong
 from areal_fast.engine.tokenizer import as_prompt
 from areal_fast.engine.vllm import VLLM
-from areal_fast.http import BrokenReply, ConnectFailed, Timeout
+from areal_fast.http import BrokenReply, ConnectFailed, Headers, Timeout
 
 MAX_ATTEMPTS = 20
 PAUSE_POLL_S = 0.02
@@ -55,6 +56,9 @@ class Stream(Protocol):
 
     @property
     def status(self) -> int: ...
+
+    @property
+    def headers(self) -> Headers: ...
 
     def __aiter__(self) -> AsyncIterator[bytes]: ...
 
@@ -132,8 +136,6 @@ class Generation(msgspec.Struct):
     stop_reason: str
     """stop, length or tool_calls."""
     attempts: int
-    routed_experts: list[RoutedExperts]
-    """One an attempt that brought any; undecoded."""
 
 
 class Engine:
@@ -161,9 +163,10 @@ class Engine:
         sampling: Sampling,
         *,
         on_tokens: Callable[[list[int]], None] | None = None,
+        routed: Receiver | None = None,
     ) -> Generation:
         """Generate to the end. With `on_tokens` the engine streams, and each new run of ids is handed over
-        at once.
+        at once. `routed` gets the routed experts that each attempt brings.
 
         Raises EngineUnreachable, EngineTimeout, EngineError; then nothing may be recorded.
         """
@@ -171,7 +174,6 @@ class Engine:
         ids = array("i")
         logprobs = array("f")
         runs: list[VersionRun] = []
-        routed: list[RoutedExperts] = []
         stop = "length"
         attempts = 0
         while attempts < MAX_ATTEMPTS and len(ids) < sampling.max_new_tokens:
@@ -179,7 +181,7 @@ class Engine:
             if ids and not self._adapter.continues(sampling):
                 if on_tokens is not None:
                     raise EngineError("Engine was interrupted in an answer that it cannot continue")
-                del ids[:], logprobs[:], runs[:], routed[:]
+                del ids[:], logprobs[:], runs[:]
             version = self._state.version()
             attempts += 1
             call = self._adapter.generate(
@@ -188,16 +190,16 @@ class Engine:
                 sampling.max_new_tokens - len(ids),
                 stream=on_tokens is not None,
             )
-            if on_tokens is None:
-                attempt = self._adapter.parse(await self.call(call, timeout_s=self._timeout_s))
+            if on_tokens is not None:
+                attempt = await self._streamed(call, on_tokens, routed)
+            elif routed is not None:
+                attempt = await self._received(call, routed)
             else:
-                attempt = await self._streamed(call, on_tokens)
+                attempt = self._adapter.parse(await self.call(call, timeout_s=self._timeout_s))
             if attempt.ids:
                 ids.extend(attempt.ids)
                 logprobs.extend(attempt.logprobs)
                 _add_run(runs, version, len(attempt.ids))
-            if attempt.routed_experts is not None:
-                routed.append(attempt.routed_experts)
             if attempt.stop in _FINAL:
                 stop = attempt.stop
                 break
@@ -210,23 +212,45 @@ class Engine:
             version_runs=runs,
             stop_reason=stop,
             attempts=attempts,
-            routed_experts=routed,
         )
 
     async def _until_running(self) -> None:
         while self._state.paused():
             await asyncio.sleep(PAUSE_POLL_S)
 
-    async def _streamed(self, call: Call, on_tokens: Callable[[list[int]], None]) -> Attempt:
+    async def _received(self, call: Call, routed: Receiver) -> Attempt:
+        """A whole answer whose routed experts go to the receiver while it arrives."""
+        parts: list[bytes] = []
+        with self._faults(self._timeout_s):
+            reply = await self._client.stream("POST", call.path, call.body, timeout_s=self._timeout_s)
+            try:
+                inlet = _Inlet(reply, routed)
+                async for part in inlet:
+                    parts.append(part)
+            finally:
+                reply.close()
+        body = b"".join(parts)
+        if reply.status >= 300:
+            raise _refused(reply.status, body)
+        attempt = self._adapter.parse(body)
+        await inlet.end(attempt)
+        return attempt
+
+    async def _streamed(
+        self, call: Call, on_tokens: Callable[[list[int]], None], routed: Receiver | None
+    ) -> Attempt:
         reader = self._adapter.read_stream()
         splitter = EventSplitter()
+        inlet: _Inlet | None = None
         with self._faults(self._timeout_s):
             reply = await self._client.stream("POST", call.path, call.body, timeout_s=self._timeout_s)
             try:
                 if reply.status >= 300:
                     parts = [chunk async for chunk in reply]
                     raise _refused(reply.status, b"".join(parts))
-                async for chunk in reply:
+                if routed is not None:
+                    inlet = _Inlet(reply, routed)
+                async for chunk in inlet or reply:
                     for data in splitter.feed(chunk):
                         new = reader.add(data)
                         if new:
@@ -239,7 +263,10 @@ class Engine:
                 raise EngineError(f"Engine sent {error}") from error
             finally:
                 reply.close()
-        return reader.end()
+        attempt = reader.end()
+        if inlet is not None:
+            await inlet.end(attempt)
+        return attempt
 
     # -- control
     # ----------------------------------------------------------------------------------------------------
@@ -268,6 +295,43 @@ class Engine:
 
     def _faults(self, timeout_s: float) -> _Faults:
         return _Faults(self.address, timeout_s)
+
+
+class _Inlet:
+    """The pieces of an engine's reply without its routed experts, which go to the receiver on the way."""
+
+    def __init__(self, reply: Stream, routed: Receiver) -> None:
+        self._reply = reply
+        self._routed = routed
+        self._filter = RoutedFilter()
+        self._begun = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        length = self._reply.headers.get(b"content-length") or b""
+        left = int(length) if length.isdigit() else 0
+        async for chunk in self._reply:
+            for inside, data in self._filter.feed(chunk):
+                if not inside:
+                    yield bytes(data)
+                    continue
+                try:
+                    if not self._begun:
+                        self._begun = True
+                        await self._routed.attempt(max(left, 0))
+                    await self._routed.add(data)
+                except ValueError as error:
+                    raise EngineError(f"Engine sent routed experts that cannot be read: {error}") from error
+            left -= len(chunk)
+        if held := self._filter.rest():
+            yield held
+
+    async def end(self, attempt: Attempt) -> None:
+        if not self._begun:
+            return
+        try:
+            await self._routed.end(attempt.prompt_tokens, attempt.completion_tokens)
+        except ValueError as error:
+            raise EngineError(f"Engine sent routed experts that do not fit: {error}") from error
 
 
 class _Faults:

@@ -12,8 +12,9 @@ Streams repeat: each event carries all rows so far (SGLang's default) or only th
 mode). `completion_tokens`, the count so far, tells which. The rows already known are compared as bytes and
 not parsed again.
 
-Routed experts (MoE models; base64 of int32, tens of MiB) stay undecoded views of the answer's bytes.
-Source: areal.experimental.inference_service.sglang.bridge; sglang.srt.managers.tokenizer_manager (behaviour).
+Routed experts (MoE models; base64 of int32, tens of MiB) are taken out before an answer is read here
+(routed.py). Source: areal.experimental.inference_service.sglang.bridge;
+sglang.srt.managers.tokenizer_manager (behaviour).
 """
 
 from __future__ import annotations
@@ -31,16 +32,6 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _NULL = msgspec.Raw(b"null")
 
 
-class RoutedExperts(NamedTuple):
-    """One attempt's routed experts, not decoded."""
-
-    base64: msgspec.Raw
-    """The JSON string with its quotes: int32 little-endian, (prompt + completion − 1) rows. Keeps the
-    answer alive."""
-    prompt_tokens: int
-    completion_tokens: int
-
-
 class Attempt(msgspec.Struct, gc=False):
     """What one engine call yielded."""
 
@@ -48,7 +39,9 @@ class Attempt(msgspec.Struct, gc=False):
     logprobs: list[float]
     stop: str
     """stop, length, tool_calls; anything else means: interrupted, ask again."""
-    routed_experts: RoutedExperts | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    """As the engine counts them."""
 
 
 class Call(NamedTuple):
@@ -89,7 +82,6 @@ class _MetaInfo(msgspec.Struct, gc=False):
     output_token_logprobs: list[_Row] | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    routed_experts: msgspec.Raw = _NULL
 
 
 class _Answer(msgspec.Struct, gc=False):
@@ -101,7 +93,6 @@ class _EventMetaInfo(msgspec.Struct, gc=False):
     output_token_logprobs: msgspec.Raw = _NULL
     prompt_tokens: int = 0
     completion_tokens: int | None = None
-    routed_experts: msgspec.Raw = _NULL
 
 
 class _Event(msgspec.Struct, gc=False):
@@ -168,7 +159,8 @@ class SGLang:
             ids=[row.id for row in rows],
             logprobs=[row.logprob for row in rows],
             stop=stop,
-            routed_experts=_routed(meta.routed_experts, meta.prompt_tokens, meta.completion_tokens),
+            prompt_tokens=meta.prompt_tokens,
+            completion_tokens=meta.completion_tokens,
         )
 
     def read_stream(self) -> StreamedAttempt:
@@ -214,9 +206,8 @@ class StreamedAttempt:
         new_ids = [row.id for row in rows]
         attempt.ids += new_ids
         attempt.logprobs += [row.logprob for row in rows]
-        routed = _routed(meta.routed_experts, meta.prompt_tokens, meta.completion_tokens or len(attempt.ids))
-        if routed is not None:
-            attempt.routed_experts = routed
+        attempt.prompt_tokens = meta.prompt_tokens
+        attempt.completion_tokens = meta.completion_tokens or len(attempt.ids)
         if meta.finish_reason is not None:
             attempt.stop = meta.finish_reason.type
             self.finished = True
@@ -259,13 +250,6 @@ class StreamedAttempt:
                 f"{count} in all"
             )
         return rows  # incremental
-
-
-def _routed(raw: msgspec.Raw, prompt_tokens: int, completion_tokens: int) -> RoutedExperts | None:
-    # views of the answer, compared by length first: a Raw of tens of MiB is not copied
-    if len(memoryview(raw)) == 4 and bytes(raw) == b"null":
-        return None
-    return RoutedExperts(raw, prompt_tokens, completion_tokens)
 
 
 def error_text(raw: msgspec.Raw) -> str:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 NAMES = ("input_ids", "loss_mask", "logprobs", "versions", "attention_mask", "rewards")
 NAMES_V2 = (*NAMES, "turn_ids", "original_rewards")
+ROUTED = "routed_experts"
+"""int32 [1, T, width], only where the engine was asked for them; the last token's row is zeros."""
 PER_ROW = ("rewards", "original_rewards")
 DTYPES = {
     "input_ids": "int64",

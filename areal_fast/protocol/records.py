@@ -5,7 +5,7 @@ immutable; a session's state is the fold of its log (sessions.py). Numbers are l
 
   type          meta                                                   data
   CHECKPOINT    msgpack Checkpoint                                     -
-  INTERACTION   header ‖ version runs ‖ id ‖ stop ‖ hashes ‖ extra     new ids int32 ‖ log-probs float32
+  INTERACTION   header ‖ runs ‖ id ‖ stop ‖ hashes ‖ routed ‖ extra   new ids int32 ‖ log-probs float32
   REWARD        trajectory, ordinal, value, deadline, courier          -
   READY         trajectory, courier                                    -
   EXPORTING     msgpack Exporting (aux: txn word, flag REMOVE)         -
@@ -48,13 +48,21 @@ NO_REF = 0xFFFFFFFF
 UNCLAIMED = 0
 NO_COURIER = (1 << 64) - 1
 
-_HEAD = struct.Struct("<IIIIIIIHBBBxH")
+_HEAD = struct.Struct("<IIIIIIIHBBBBH")
+_ROUTED = struct.Struct("<I")
 _RUN = struct.Struct("<qI")
 _REWARD = struct.Struct("<IIdQQ")
 _READY = struct.Struct("<IQ")
 _SENT = struct.Struct("<IIB")
 _MEMBER = struct.Struct("<I")
 _STRING = struct.Struct("<IIIH")
+
+
+class Routed(NamedTuple):
+    """Routed experts of an interaction: int32 [prompt + output tokens, width] in the shard of this name."""
+
+    name: bytes
+    width: int
 
 
 class InteractionMeta(NamedTuple):
@@ -74,6 +82,7 @@ class InteractionMeta(NamedTuple):
     extra: bytes
     parent: int = NO_REF
     """Ordinal of the interaction that this one goes on from (template concat). Of the same trajectory."""
+    routed: Routed | None = None
 
     @property
     def new_ids(self) -> int:
@@ -84,6 +93,7 @@ def pack_interaction(m: InteractionMeta) -> bytes:
     """Meta bytes of an INTERACTION record."""
     iid = m.interaction_id.encode()
     stop = m.stop_reason.encode()
+    routed = b"" if m.routed is None else _ROUTED.pack(m.routed.width) + m.routed.name
     return b"".join(
         (
             _HEAD.pack(
@@ -98,6 +108,7 @@ def pack_interaction(m: InteractionMeta) -> bytes:
                 len(iid),
                 len(stop),
                 len(m.messages_hash),
+                len(routed),
                 len(m.body_hash),
             ),
             *(_RUN.pack(version, count) for version, count in m.version_runs),
@@ -105,6 +116,7 @@ def pack_interaction(m: InteractionMeta) -> bytes:
             stop,
             m.messages_hash,
             m.body_hash,
+            routed,
             m.extra,
         )
     )
@@ -112,7 +124,9 @@ def pack_interaction(m: InteractionMeta) -> bytes:
 
 def unpack_interaction(meta: bytes) -> InteractionMeta:
     """Inverse of pack_interaction."""
-    ordinal, traj, ref, shared, plen, olen, parent, nruns, nid, nstop, nmsg, nbody = _HEAD.unpack_from(meta)
+    ordinal, traj, ref, shared, plen, olen, parent, nruns, nid, nstop, nmsg, nrouted, nbody = (
+        _HEAD.unpack_from(meta)
+    )
     at = _HEAD.size
     runs = tuple(_RUN.unpack_from(meta, at + i * _RUN.size) for i in range(nruns))
     at += nruns * _RUN.size
@@ -124,9 +138,14 @@ def unpack_interaction(meta: bytes) -> InteractionMeta:
     at += nmsg
     body_hash = meta[at : at + nbody]
     at += nbody
+    routed = None
+    if nrouted:
+        routed = Routed(meta[at + _ROUTED.size : at + nrouted], _ROUTED.unpack_from(meta, at)[0])
+        at += nrouted
     return InteractionMeta(
-        ordinal, traj, ref, shared, plen, olen, iid, stop, runs, messages_hash, body_hash, meta[at:], parent
-    )
+        ordinal, traj, ref, shared, plen, olen, iid, stop, runs, messages_hash, body_hash, meta[at:], parent,
+        routed,
+    )  # fmt: skip
 
 
 def merge_runs(versions: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -203,6 +203,12 @@ class SessionState:
         self._kept_rewards: dict[int, float] = {}
         self._kept_fates: dict[int, int] = {}
 
+    def routed(self) -> set[bytes]:
+        """The shards of routed experts that the log names."""
+        groups = [self.active.interactions, self.late, *(t.interactions for t in self.ready.values())]
+        metas = [i.meta for group in groups for i in group.values()]
+        return {m.routed.name for m in metas if m is not None and m.routed is not None}
+
     # -- fold ------------------------------------------------------------------------------------------
     def apply(self, records: Iterable[Record]) -> None:
         """Fold on. Records in log order."""

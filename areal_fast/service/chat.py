@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from areal_fast.http import Exchange
     from areal_fast.service.external import Externals
     from areal_fast.service.log import Log
+    from areal_fast.shards.routed import RoutedIntake
     from areal_fast.store import Session, SessionStore, Turn
 
 STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
@@ -181,7 +182,6 @@ class Chats:
             version_runs=[],
             stop_reason=twin.stop_reason,
             attempts=0,
-            routed_experts=[],
         )
         leaving = watch(session, exchange, twin.place)
         if chat.wants_stream:
@@ -204,6 +204,7 @@ class Chats:
         flight: Flight | None,
     ) -> None:
         turn = None if session is None else session.begin_turn(reserve_tokens=0, store=chat.wants_store)
+        routed: RoutedIntake | None = None
         try:
             line = Line(chat, turn) if self._concat else None
             messages = with_object_arguments(chat.messages) if self._object_arguments else chat.messages
@@ -220,16 +221,23 @@ class Chats:
             )
             if turn is not None:
                 turn.reserve(len(prompt) + sampling.max_new_tokens)
+            if sampling.return_routed_experts:
+                routed = None if turn is None else turn.routed_intake()
+                if routed is None:  # nobody would keep them
+                    sampling = msgspec.structs.replace(sampling, return_routed_experts=False)
             interaction_id = reply.new_interaction_id() if turn is None else turn.interaction_id
             if chat.wants_stream:
                 answered = StreamedAnswer(chat, prompt, sampling, tokenizer, self._tools)
                 stream = _Stream(exchange, interaction_id, answered)
                 try:
-                    generation = await engine.generate(prompt, sampling, on_tokens=stream.tokens)
+                    generation = await engine.generate(
+                        prompt, sampling, on_tokens=stream.tokens, routed=routed
+                    )
                     rest, reason = answered.finish(generation)
                     said = line.messages_hash([*stream.said, rest]) if line is not None else b""
                     words = self._words(chat, [*stream.said, rest])
-                    self._commit(turn, prompt, generation, said, flight, words)
+                    experts = await _published(routed, len(prompt) + len(generation.output_ids))
+                    self._commit(turn, prompt, generation, said, flight, words, experts)
                 except (EngineFault, OutputRejected, ArenaFull) as error:
                     if not stream.fail(error):
                         raise
@@ -237,14 +245,17 @@ class Chats:
                 leaving = flight.leaving if flight is not None else None
                 stream.finish(rest, reason, len(prompt), len(generation.output_ids), leaving)
                 return
-            generation = await engine.generate(prompt, sampling)
+            generation = await engine.generate(prompt, sampling, routed=routed)
             answer = whole_answer(generation, chat, prompt, sampling, tokenizer, self._tools)
             said = line.messages_hash([Piece(answer.content, answer.calls)]) if line is not None else b""
             words = self._words(chat, [Piece(answer.content, answer.calls)])
-            self._commit(turn, prompt, generation, said, flight, words)
+            experts = await _published(routed, len(prompt) + len(generation.output_ids))
+            self._commit(turn, prompt, generation, said, flight, words, experts)
             leaving = flight.leaving if flight is not None else None
             _respond(exchange, interaction_id, answer, len(prompt), len(generation.output_ids), leaving)
         finally:
+            if routed is not None:
+                routed.abandon()
             if turn is not None:
                 turn.abandon()
 
@@ -263,6 +274,7 @@ class Chats:
         messages_hash: bytes,
         flight: Flight | None,
         words: bytes,
+        routed: RoutedIntake | None,
     ) -> None:
         """COMMIT POINT of a chat: the append of its record. A kill before it leaves a session without the
         turn and a client without an answer; a kill after it, an interaction whose client may never have
@@ -282,7 +294,10 @@ class Chats:
                 messages_hash=messages_hash,
                 body_hash=flight.body_hash if flight is not None else b"",
                 extra=words,
+                routed=None if routed is None else routed.result,
             )
+            if routed is not None:
+                routed.kept()
             if flight is not None:
                 flight.recorded(turn.trajectory, turn.ordinal)
         except Gone:
@@ -292,6 +307,14 @@ class Chats:
             arena.count(ORPHANED_CHATS)
         else:
             arena.count(TURNS if turn.ordinal >= 0 else STANDALONE_CHATS)
+
+
+async def _published(routed: RoutedIntake | None, tokens: int) -> RoutedIntake | None:
+    """The routed experts of a whole sequence, ready to be named by its record; None if there are none."""
+    if routed is None or await routed.finish(tokens) is None:
+        return None
+    await when_free(routed.publish)
+    return routed
 
 
 def _respond(

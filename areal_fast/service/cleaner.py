@@ -35,6 +35,7 @@ RETRY_S: Final = 1.0
 HOUSEKEEPING_S: Final = 5.0
 PUNCH_GRANULES: Final = 16384
 STOCK_BYTES: Final = 8 << 20
+LOOK_S: Final = 10.0  # between two looks for routed experts that nobody refers to
 """Memory kept backed ahead of use, as much as `punch_idle` leaves: a worker that met unbacked memory would
 pay 0.5 ms for its next 2 MiB."""
 PORTION_S: Final = 2.0
@@ -65,6 +66,7 @@ class Cleaner:
         self._remind_at = 0.0
         self._orders: list[dict[str, Any]] = []
         self._status: dict[str, Any] = {}
+        self._next_look = 0.0
         self._poll = select.poll()
         self._poll.register(me.control, select.POLLIN)
 
@@ -221,6 +223,10 @@ class Cleaner:
                 if expired:
                     self._arena.count(words.SHARDS_EXPIRED, expired)
                     self._log.info("shards_expired", shards=expired)
+            if time.monotonic() >= self._next_look:
+                self._next_look = time.monotonic() + LOOK_S
+                if freed := self.store.routed_garbage.look():
+                    self._log.info("routed_experts_freed", shards=freed)
             self._arena.punch_idle(PUNCH_GRANULES)
         except IndexBusy:
             pass  # next time

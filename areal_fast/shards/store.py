@@ -23,8 +23,10 @@ from areal_fast.core import MAX_NAME_BYTES, Gone
 from areal_fast.errors import ShardRejected, ShardsNotFound
 from areal_fast.protocol import export, wire
 from areal_fast.protocol.wire import Form, Kept
-from areal_fast.shards import bundles, json_codec
+from areal_fast.shards import bundles, json_codec, routed
 from areal_fast.shards.bundles import Bundle, BundleMeta
+from areal_fast.shards.outgoing import Outgoing, Part
+from areal_fast.shards.routed import RoutedMeta
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -45,7 +47,7 @@ class TensorMeta(msgspec.Struct, array_like=True, tag_field="form", tag="tensor"
     nbytes: int
 
 
-_meta_decoder = msgspec.msgpack.Decoder(TensorMeta | BundleMeta)
+_meta_decoder = msgspec.msgpack.Decoder(TensorMeta | BundleMeta | RoutedMeta)
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -87,18 +89,19 @@ class ShardStore:
             self._arena.unpin(slot)
 
     # -- get -------------------------------------------------------------------------------------------
-    def get_json(self, shard_id: str) -> bytes | None:
-        """The shard as JSON, or None."""
+    def get_json(self, shard_id: str) -> Outgoing | None:
+        """The shard as JSON, or None. To be closed."""
         opened: dict[bytes, tuple[int, Bundle]] = {}
         try:
-            return self._get(shard_id, opened)
+            part = self._get(shard_id, opened)
+            return None if part is None else Outgoing([part], listed=False)
         finally:
             self._close_all(opened)
 
-    def batch_json(self, shard_ids: Sequence[str]) -> bytes:
-        """A JSON list of the shards in order. ShardsNotFound names all that are missing."""
+    def batch_json(self, shard_ids: Sequence[str]) -> Outgoing:
+        """A JSON list of the shards in order, to be closed. ShardsNotFound names all that are missing."""
         opened: dict[bytes, tuple[int, Bundle]] = {}
-        out: list[bytes] = [b"["]
+        parts: list[Part] = []
         missing: list[str] = []
         try:
             for shard_id in shard_ids:
@@ -106,21 +109,21 @@ class ShardStore:
                 if found is None:
                     missing.append(shard_id)
                 elif not missing:
-                    out += (found, b",")
+                    parts.append(found)
+            if missing:
+                parts.clear()
+                raise ShardsNotFound(missing)
+            return Outgoing(parts, listed=True)
         finally:
             self._close_all(opened)
-        if missing:
-            raise ShardsNotFound(missing)
-        out[max(len(out) - 1, 1) :] = [b"]"]
-        return b"".join(out)
 
-    def _get(self, shard_id: str, opened: dict[bytes, tuple[int, Bundle]]) -> bytes | None:
+    def _get(self, shard_id: str, opened: dict[bytes, tuple[int, Bundle]]) -> Part | None:
         """`opened`: bundles the batch has pinned already, with what they have computed."""
         if (split := bundles.split_id(shard_id)) is not None:
             name, part = split
             if (known := opened.get(name)) is not None:
-                if self._arena.shard_bit(known[0], part):
-                    return known[1].part_json(part)
+                if part < known[1].meta.parts and self._arena.shard_bit(known[0], part):
+                    return known[1].part(part)
             elif (found := self._get_part(name, part, opened)) is not None:
                 return found
         slot = self._arena.pin_shard(_name(shard_id))
@@ -128,11 +131,11 @@ class ShardStore:
             return None
         try:
             raw, view = self._arena.shard_view(slot)
-            with view:
-                meta = _meta_decoder.decode(raw)
-                if isinstance(meta, BundleMeta):
-                    return None
-                return json_codec.encode(meta.dtype, tuple(meta.shape), view, meta.kept)
+            meta = _meta_decoder.decode(raw)
+            if not isinstance(meta, TensorMeta):
+                view.release()
+                return None
+            return Part(meta.dtype, tuple(meta.shape), meta.kept, meta.nbytes, view)
         finally:
             self._arena.unpin(slot)
 
@@ -143,7 +146,7 @@ class ShardStore:
             del bundle
             self._arena.unpin(slot)
 
-    def _get_part(self, name: bytes, part: int, opened: dict[bytes, tuple[int, Bundle]]) -> bytes | None:
+    def _get_part(self, name: bytes, part: int, opened: dict[bytes, tuple[int, Bundle]]) -> Part | None:
         slot = self._arena.pin_shard(name)
         if slot < 0:
             return None
@@ -153,9 +156,9 @@ class ShardStore:
             view.release()
             self._arena.unpin(slot)
             return None
-        bundle = Bundle(meta, view)
+        bundle = Bundle(meta, view, self._arena)
         opened[name] = (slot, bundle)
-        return bundle.part_json(part)
+        return bundle.part(part)
 
     # -- clear -----------------------------------------------------------------------------------------
     def clear(self, shard_ids: Sequence[str]) -> tuple[int, int, int]:
@@ -188,6 +191,7 @@ class ShardStore:
             was, empty = arena.shard_clear_bit(slot, part)
             if was:
                 self._account(-1, -meta.part_bytes(part))
+                routed.drop(arena, [shard for _, shard, _ in meta.routed_of(part)])
             if empty:
                 _close(arena, slot)
             return was
@@ -202,8 +206,8 @@ class ShardStore:
         while True:
             slots, cursor = self._arena.expired_shards(created_before_ns, cursor, SWEEP_PAGE)
             for slot in slots:
-                if not self._arena.pin_slot(slot):
-                    continue
+                if routed.is_routed(self._arena.slot_info(slot).id) or not self._arena.pin_slot(slot):
+                    continue  # routed experts live as long as what refers to them
                 try:
                     removed += self._remove(slot)
                 finally:
@@ -221,11 +225,19 @@ class ShardStore:
         self._arena.add_word(WORD_SHARD_TENSORS, tensors)
         self._arena.add_word(WORD_SHARD_BYTES, nbytes)
 
-    def _meta(self, slot: int) -> TensorMeta | BundleMeta:
+    def _meta(self, slot: int) -> TensorMeta | BundleMeta | RoutedMeta:
         raw, view = self._arena.shard_view(slot)
         view.release()
-        meta: TensorMeta | BundleMeta = _meta_decoder.decode(raw)
+        meta: TensorMeta | BundleMeta | RoutedMeta = _meta_decoder.decode(raw)
         return meta
+
+    def routed_in(self, slot: int) -> set[bytes]:
+        """Routed experts that a pinned shard refers to: if it is a bundle, of parts that are not cleared."""
+        meta = self._meta(slot)
+        if not isinstance(meta, BundleMeta) or not meta.routed:
+            return set()
+        left = [p for p in range(meta.own_parts, meta.parts) if self._arena.shard_bit(slot, p)]
+        return {shard for p in left for _, shard, _ in meta.routed_of(p)}
 
     def _sizes(self, name: bytes) -> tuple[int, int]:
         slot = self._arena.pin_shard(name)
@@ -236,7 +248,9 @@ class ShardStore:
         finally:
             self._arena.unpin(slot)
 
-    def _left(self, slot: int, meta: TensorMeta | BundleMeta) -> tuple[int, int]:
+    def _left(self, slot: int, meta: TensorMeta | BundleMeta | RoutedMeta) -> tuple[int, int]:
+        if isinstance(meta, RoutedMeta):
+            return 0, 0
         if isinstance(meta, TensorMeta):
             return 1, meta.nbytes
         left = [p for p in range(meta.parts) if self._arena.shard_bit(slot, p)]
@@ -269,6 +283,12 @@ class ShardStore:
             )
             for i, name in enumerate(meta.names)
         ]
+        for part in range(meta.own_parts, meta.parts):
+            of, _, width = meta.routed_of(part)[0]
+            if meta.kind == "batch" or of == row:
+                shape = f"{tokens[:-1]},{width}]"
+                reference = wire.rtensor_json(bundles.part_id(prefix, part), self._addr_json, shape, "int32")
+                parts.append(f'"{export.ROUTED}":{reference}')
         return "{" + ",".join(parts) + "}"
 
 

@@ -32,6 +32,7 @@ from areal_fast.core import (
 )
 from areal_fast.protocol import names
 from areal_fast.protocol import records as rec
+from areal_fast.shards import routed
 from areal_fast.store.dump import DumpDir, Part, Step, part_json, parts_of
 from areal_fast.store.folds import Fold
 
@@ -209,6 +210,7 @@ class Cleaner:
                 report.interactions += count
             store.arena.set_dumped(slot)
             self.on_step("dumped")
+            routed.drop(store.arena, fold.state.routed())
         except Exception as exc:
             report.failures.append(CleanupFailure(session_id, f"{type(exc).__name__}: {exc}"))
             _, delay_ns = self._backoff.get(slot, (0, 0))

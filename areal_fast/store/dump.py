@@ -24,6 +24,8 @@ from areal_fast.core import base64_encode
 from areal_fast.protocol.export import DTYPES, NAMES, Row, discounted, row_array
 from areal_fast.protocol.sessions import Interaction, SessionState, Trajectory
 from areal_fast.protocol.wire import FloatArray, IntArray
+from areal_fast.shards.outgoing import STEP_BYTES
+from areal_fast.shards.routed import view_of
 from areal_fast.store.exporting import number_json
 from areal_fast.store.folds import Fold, FoldCache
 
@@ -103,6 +105,13 @@ def _tensors(
         after = b'", "shape": [%b], "dtype": "torch.%b"}' % (sizes, DTYPES[name].encode())
         yield base64_encode(array.data, before, after)
         lead = b', "'
+    if m.routed is not None and (view := view_of(folds.arena, m.routed, row.length)) is not None:
+        with view:
+            yield b', "routed_experts": {"type": "tensor", "data": "'
+            for at in range(0, len(view), STEP_BYTES):
+                yield base64_encode(view[at : at + STEP_BYTES])
+            sizes = b"1, %d, %d" % (row.length, m.routed.width)
+            yield b'", "shape": [%b], "dtype": "torch.int32"}' % sizes
     yield b"}"
 
 

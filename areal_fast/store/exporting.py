@@ -240,18 +240,22 @@ def _reply(store: SessionStore, request: ExportRequest, items: list[_Item], bund
     """The JSON reply; bundles made on the way are appended to `bundles`."""
     tokens = [i for i in items if i.interaction.meta is not None]
     if request.style == "concat":
-        shown, rows, data = make_leaves(tokens)
+        tokens, rows, data = make_leaves(tokens)
+        shown = tokens
         kept = {id(i) for i in shown}
         items = [i for i in items if i.interaction.meta is None or id(i) in kept]
     else:
         rows, data = make_rows(tokens)
+    experts = _routed(tokens)
     v2 = request.dialect == "v2"
     if request.dialect in ("pr1268", "main-may"):
-        return b'{"interactions":{' + _interactions(store, items, rows, data, bundles) + b"}}"
+        return b'{"interactions":{' + _interactions(store, items, rows, data, experts, bundles) + b"}}"
     if not items:
         return b'{"traj":{}}'
     if len(rows) == len(items):
-        meta = BundleMeta("batch", rows, v2)
+        if len({width for _, _, width in experts}) > 1:
+            experts = []  # of several models: no tensor could hold them
+        meta = BundleMeta("batch", rows, v2, experts)
         prefix = _store_bundle(store, meta, data, bundles)
         return b'{"traj":' + store.shards.tensor_dict_json(prefix, meta).encode() + b"}"
     listed = b",".join(
@@ -261,10 +265,15 @@ def _reply(store: SessionStore, request: ExportRequest, items: list[_Item], bund
 
 
 def _interactions(
-    store: SessionStore, items: list[_Item], rows: list[Row], data: list[bytes], bundles: list[str]
+    store: SessionStore,
+    items: list[_Item],
+    rows: list[Row],
+    data: list[bytes],
+    experts: list[tuple[int, bytes, int]],
+    bundles: list[str],
 ) -> bytes:
     """`"id":{…},…` of every interaction, tensors (`rows`, in order) as references into bundles."""
-    tensors = _references(store, rows, data, bundles)
+    tensors = _references(store, rows, data, experts, bundles)
     parts: list[str] = []
     for item in items:
         name = json.dumps(item.interaction.interaction_id)
@@ -283,17 +292,36 @@ def _interactions(
 
 
 def _references(
-    store: SessionStore, all_rows: list[Row], all_data: list[bytes], bundles: list[str]
+    store: SessionStore,
+    all_rows: list[Row],
+    all_data: list[bytes],
+    experts: list[tuple[int, bytes, int]],
+    bundles: list[str],
 ) -> Iterator[str]:
     """Store the rows as bundles; the tensor_dict of each row in turn."""
     out: list[str] = []
-    for rows, data in _split(all_rows, all_data, MAX_BUNDLE_PARTS // len(NAMES)):
+    done = 0
+    for rows, data in _split(all_rows, all_data, MAX_BUNDLE_PARTS // (len(NAMES) + 1)):
         if not rows:
             continue
-        meta = BundleMeta("each", rows)
+        of_these = [
+            (row - done, shard, width) for row, shard, width in experts if 0 <= row - done < len(rows)
+        ]
+        done += len(rows)
+        meta = BundleMeta("each", rows, routed=of_these)
         prefix = _store_bundle(store, meta, data, bundles)
         out += [store.shards.tensor_dict_json(prefix, meta, row) for row in range(len(rows))]
     return iter(out)
+
+
+def _routed(items: list[_Item]) -> list[tuple[int, bytes, int]]:
+    """(row, shard, width) of the items that have routed experts."""
+    found: list[tuple[int, bytes, int]] = []
+    for row, item in enumerate(items):
+        m = item.interaction.meta
+        if m is not None and m.routed is not None:
+            found.append((row, *m.routed))
+    return found
 
 
 def _store_bundle(store: SessionStore, meta: BundleMeta, data: list[bytes], bundles: list[str]) -> str:

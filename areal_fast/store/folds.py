@@ -45,7 +45,7 @@ class FoldCache:
     """All folds of this process. The slot given must be pinned or owned by the caller."""
 
     def __init__(self, arena: Arena, max_interactions: int = MAX_INTERACTIONS) -> None:
-        self._arena = arena
+        self.arena = arena
         self._max = max_interactions
         self._folds: OrderedDict[int, Fold] = OrderedDict()
         self._weight = 0
@@ -61,8 +61,8 @@ class FoldCache:
         else:
             self._folds.move_to_end(slot)
         state = fold.state
-        if state.head == 0 or state.head != self._arena.head(slot):
-            head, cut, records = self._arena.read(slot, state.head)
+        if state.head == 0 or state.head != self.arena.head(slot):
+            head, cut, records = self.arena.read(slot, state.head)
             if cut:
                 state.clear()
             state.apply(records)
@@ -78,7 +78,7 @@ class FoldCache:
     def _resolve(self, slot: int, fold: Fold) -> None:
         state = fold.state
         try:
-            state.resolve(lambda offset: self._arena.record_outcome(slot, state.head, offset))
+            state.resolve(lambda offset: self.arena.record_outcome(slot, state.head, offset))
         except Trimmed:
             self.forget(slot)
             fresh = self.refresh(slot)
@@ -117,7 +117,7 @@ class FoldCache:
         for interaction in reversed(chain):
             m = interaction.meta
             assert m is not None
-            data = self._arena.record_data(slot, fold.state.head, interaction.offset, 0, 4 * m.new_ids)
+            data = self.arena.record_data(slot, fold.state.head, interaction.offset, 0, 4 * m.new_ids)
             new: IntArray = np.frombuffer(data, "<i4", m.new_ids)
             base = new if base is None or m.ref == rec.NO_REF else np.concatenate((base[: m.shared], new))
         assert base is not None
@@ -126,7 +126,7 @@ class FoldCache:
 
     def data_of(self, slot: int, fold: Fold, interaction: Interaction) -> bytes:
         """A record's data. Trimmed if the log was cut since the fold."""
-        return self._arena.record_data(slot, fold.state.head, interaction.offset)
+        return self.arena.record_data(slot, fold.state.head, interaction.offset)
 
     # -- compaction ------------------------------------------------------------------------------------
     def compact(self, slot: int) -> bool:
@@ -137,11 +137,11 @@ class FoldCache:
         state = self.refresh(slot).state
         if state.dead_bytes <= max(COMPACT_MIN_BYTES, COMPACT_DEAD_RATIO * state.live_bytes) or state.pending:
             return False
-        if any(self._arena.txn_state(txn) != TXN_GONE for txn in state.exports):
+        if any(self.arena.txn_state(txn) != TXN_GONE for txn in state.exports):
             return False
         checkpoint, keep = state.checkpoint()
         try:
-            self._arena.compact(slot, state.head, rec.pack(checkpoint), keep)
+            self.arena.compact(slot, state.head, rec.pack(checkpoint), keep)
         except (HeadMoved, IndexBusy):
             return False
         return True

@@ -24,6 +24,7 @@ from areal_fast.protocol import records as rec
 from areal_fast.protocol import retries
 from areal_fast.protocol.sessions import SessionState
 from areal_fast.protocol.wire import FloatArray, IntArray
+from areal_fast.shards.routed import RoutedIntake
 from areal_fast.store.couriers import lives
 from areal_fast.store.folds import Fold, common_prefix
 
@@ -226,6 +227,12 @@ class Turn:
             size = tokens * BYTES_PER_TOKEN + RECORD_SLACK_BYTES
             self._reservation = self._session._store.arena.reserve(self._session.slot, size)
 
+    def routed_intake(self) -> RoutedIntake | None:
+        """Where this turn's routed experts go until its commit; None if nothing is recorded."""
+        if self.ordinal < 0:
+            return None
+        return RoutedIntake(self._session._store.arena, self._session.slot)
+
     def follow(self, prefixes: Sequence[bytes]) -> None:
         """Take the parent: the interaction whose messages and answer are the longest of these prefixes
         (concat.prefix_hashes). Call it at once after begin_turn: it belongs to the turn's place."""
@@ -273,6 +280,7 @@ class Turn:
         messages_hash: bytes = b"",
         body_hash: bytes = b"",
         extra: bytes = b"",
+        routed: rec.Routed | None = None,
     ) -> None:
         """Record the interaction: the commit point of a chat, to be passed before its reply leaves.
 
@@ -298,7 +306,7 @@ class Turn:
                 meta = rec.InteractionMeta(
                     self.ordinal, self.trajectory, ref, shared, len(prompt), len(output),
                     self.interaction_id, stop_reason, runs, messages_hash, body_hash, extra,
-                    rec.NO_REF if self.parent is None else self.parent.ordinal,
+                    rec.NO_REF if self.parent is None else self.parent.ordinal, routed,
                 )  # fmt: skip
                 data = (prompt[shared:].data, output.data, lp.data)
                 try:

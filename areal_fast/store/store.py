@@ -24,6 +24,7 @@ from areal_fast.errors import ExportBusy, KeyBound
 from areal_fast.protocol import records as rec
 from areal_fast.protocol.messages import ExportRequest
 from areal_fast.shards import ShardStore
+from areal_fast.shards.routed import Garbage
 from areal_fast.store import cleanup, exporting
 from areal_fast.store.exporting import Export
 from areal_fast.store.folds import MAX_INTERACTIONS, Fold, FoldCache
@@ -95,6 +96,7 @@ class SessionStore:
         self._unsettled: list[tuple[int, bool, list[Session]]] = []
         self._unsettled_groups: list[tuple[int, bool, list[int]]] = []
         self.cleaner = cleanup.Cleaner(self)
+        self.routed_garbage = Garbage(arena, self._routed_in_log, self.shards.routed_in)
 
     @staticmethod
     def open(
@@ -345,6 +347,9 @@ class SessionStore:
     def release_all(self, sessions: Iterable[Session]) -> None:
         for session in sessions:
             session.release()
+
+    def _routed_in_log(self, slot: int) -> set[bytes]:
+        return self.folds.refresh(slot).state.routed()
 
     # -- cleanup ---------------------------------------------------------------------------------------
     def cleanup_stale(

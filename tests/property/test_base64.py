@@ -24,7 +24,12 @@ def available(level: str) -> bool:
     return True
 
 
-@pytest.fixture(params=[pytest.param(x, marks=[] if available(x) else pytest.mark.skip(x)) for x in LEVELS])
+@pytest.fixture(
+    params=[
+        pytest.param(x, marks=[] if available(x) else pytest.mark.skip(f"this processor has no {x}"))
+        for x in LEVELS
+    ]
+)
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     _core.base64_set_level(request.param)
     assert _core.base64_level() == request.param

@@ -268,7 +268,14 @@ DAMAGE: list[tuple[Callable[[Any], object], str]] = [
     (tensors(lambda t: t.update(attention_mask=array([False] * N, "bool"))), "masked out"),
     (tensors(lambda t: t["attention_mask"].update(data=base64.b64encode(b"\7" * N).decode())), "neither 0"),
     (tensors(lambda t: t.update(rewards=array([0.25, 1.0], "float32", [2]))), "rewards: shape [2]"),
+    (tensors(lambda t: t.update(routed_experts=array([0] * N))), "but [1, tokens, width] is expected"),
+    (tensors(lambda t: t.update(routed_experts=array([0] * 6, shape=[1, 3, 2]))), "lengths differ"),
 ]  # fmt: skip
+
+
+def test_routed_experts_have_a_third_axis(folder: Path, run: Run) -> None:
+    change(folder, tensors(lambda t: t.update(routed_experts=array([5] * 2 * N, shape=[1, N, 2]))))
+    assert run("verify", folder)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,6 @@ def answers(
         version_runs=[VersionRun(0, len(ids))],
         stop_reason=stop,
         attempts=1,
-        routed_experts=[],
     )
     asked = Prompt.of(map(ord, prompt))
     whole = whole_answer(generation, chat, asked, SAMPLING, TOKENIZER, parsing)

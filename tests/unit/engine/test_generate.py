@@ -14,7 +14,7 @@ from areal_fast.engine.errors import EngineError, EngineTimeout, EngineUnreachab
 from areal_fast.engine.generate import Engine, VersionRun
 from areal_fast.engine.sampling import Sampling
 from areal_fast.engine.segments import Prompt
-from areal_fast.http import BrokenReply, ConnectFailed, Timeout
+from areal_fast.http import BrokenReply, ConnectFailed, Headers, Timeout
 
 PROMPT = Prompt.of([1, 2, 3])
 
@@ -46,6 +46,7 @@ class State:
 class Reply:
     def __init__(self, status: int, chunks: list[bytes | Exception]) -> None:
         self.status = status
+        self.headers = Headers([])
         self.body = b"".join(c for c in chunks if isinstance(c, bytes))
         self._chunks = chunks
         self.closed = False
@@ -92,7 +93,6 @@ class Transport:
         return await self._next(path, body, timeout_s)
 
     async def stream(self, method: str, path: str, body: bytes, *, timeout_s: float) -> Reply:
-        assert msgspec.json.decode(body)["stream"] is True
         return await self._next(path, body, timeout_s)
 
 
@@ -114,7 +114,7 @@ def test_one_answer() -> None:
     got = run(transport)
     assert list(got.output_ids) == [5, 6, 9] and got.stop_reason == "stop" and got.attempts == 1
     assert list(got.logprobs) == [-0.5, -1.5, -2.5]
-    assert got.version_runs == [VersionRun(0, 3)] and got.routed_experts == []
+    assert got.version_runs == [VersionRun(0, 3)]
     assert transport.asked[0][0] == "/generate" and transport.timeouts == [120.0]
 
 
@@ -257,12 +257,60 @@ def test_faults(streaming: bool) -> None:
     assert (EngineError.status, EngineUnreachable.status, EngineTimeout.status) == (502, 502, 504)
 
 
-def test_routed_experts_are_kept_undecoded() -> None:
-    got = run(Transport(answer([5], "abort", routed_experts="AAAA"), answer([6, 9], routed_experts="BBBB")))
-    assert [(bytes(r.base64), r.prompt_tokens, r.completion_tokens) for r in got.routed_experts] == [
-        (b'"AAAA"', 3, 1),
-        (b'"BBBB"', 3, 2),
-    ]
+class Receiving:
+    """Keeps what a Receiver is told."""
+
+    def __init__(self, refuse: str = "") -> None:
+        self.told: list[Any] = []
+        self._refuse = refuse
+
+    async def attempt(self, at_most: int) -> None:
+        self.told.append(b"")
+
+    async def add(self, text: memoryview) -> None:
+        self.told[-1] += bytes(text)
+        if self._refuse == "add":
+            raise ValueError("no")
+
+    async def end(self, prompt_tokens: int, completion_tokens: int) -> None:
+        self.told.append((prompt_tokens, completion_tokens))
+        if self._refuse == "end":
+            raise ValueError("no")
+
+
+def in_pieces(body: bytes, size: int) -> Reply:
+    return Reply(200, [body[at : at + size] for at in range(0, len(body), size)])
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_routed_experts_go_to_the_receiver_of_each_attempt(size: int, streamed: bool) -> None:
+    def step(*args: Any, **more: Any) -> Reply:
+        body = answer(*args, **more)
+        return in_pieces(b"data: " + body + b"\n\ndata: [DONE]\n\n" if streamed else body, size)
+
+    receiving = Receiving()
+    transport = Transport(
+        step([5], "abort", routed_experts="AAAA" * 50),
+        step([], "abort"),
+        step([6, 9], routed_experts="BBBB", prompt_tokens=4),
+    )
+    handed: list[int] = []
+    got = run(transport, routed=receiving, on_tokens=handed.extend if streamed else None)
+    assert got.output_ids.tolist() == [5, 6, 9]
+    assert not streamed or handed == [5, 6, 9]
+    assert receiving.told == [b"AAAA" * 50, (3, 1), b"BBBB", (4, 2)]
+
+
+@pytest.mark.parametrize("refuse", ["add", "end"])
+def test_routed_experts_that_are_refused_fail_the_call(refuse: str) -> None:
+    with pytest.raises(EngineError, match="routed experts"):
+        run(Transport(answer([5], routed_experts="AAAA")), routed=Receiving(refuse))
+
+
+def test_an_engine_that_refuses_is_quoted_also_when_experts_are_wanted() -> None:
+    with pytest.raises(EngineError, match="503: busy"):
+        run(Transport(Reply(503, [b"bu", b"sy"])), routed=Receiving())
 
 
 # -- streams -------------------------------------------------------------------------------------
