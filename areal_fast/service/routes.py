@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Handler = Callable[["Exchange"], Awaitable[None] | None]
 
 OCTETS = b"application/octet-stream"
-LET_GO_S = 0.25
+LET_GO_S = 1.0
 SENT_AT_ONCE = 1 << 21
 SENT_A_TURN = 1 << 20
 """How long an export that removes a session waits for another worker, which has answered its request, to let

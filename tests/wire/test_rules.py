@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import socket
 import threading
 import time
@@ -103,6 +104,26 @@ def hang_up_after_sending(client: Client, method: str, path: str, body: Any) -> 
             f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode()
             + data
         )
+
+
+def lose_an_export(admin: Client, request: dict[str, Any]) -> None:
+    """Ask for an export and hang up, until the proxy has seen one reply that did not arrive: a connection
+    that is reset at once may never have been served at all."""
+    before, until = undelivered(admin), time.monotonic() + 90
+    while undelivered(admin) == before:
+        assert time.monotonic() < until, "no export was lost"
+        hang_up_after_sending(admin, "POST", "/export_trajectories", request)
+        seen = time.monotonic() + 1
+        while undelivered(admin) == before and time.monotonic() < seen:
+            time.sleep(0.01)
+
+
+def undelivered(admin: Client) -> int:
+    found = re.search(
+        r"^areal_fast_exports_undelivered_total (\d+)", admin("GET", "/metrics").body.decode(), re.M
+    )
+    assert found is not None
+    return int(found[1])
 
 
 def rewards_of(reply: Reply) -> list[float]:
@@ -234,7 +255,7 @@ def test_an_export_whose_reply_was_never_read_is_given_again(
         assert client.chat(f"turn {turn}").status == 200
     client.reward()
     request = {"session_id": name, "remove_session": True}
-    hang_up_after_sending(admin, "POST", "/export_trajectories", request)
+    lose_an_export(admin, request)
     again = admin("POST", "/export_trajectories", request)
     assert again.status == 200 and len(again.json()["interactions"]) == turns
     assert admin("POST", "/export_trajectories", request).status == 404
@@ -253,7 +274,7 @@ def test_a_lost_reply_is_replayed_although_something_newer_became_ready(
         assert client.chat(f"turn {turn}").status == 200
     client.reward(1.0)
     request = {"session_id": name}
-    hang_up_after_sending(admin, "POST", "/export_trajectories", request)
+    lose_an_export(admin, request)
     assert client.chat("next episode").status == 200
     assert client.reward(2.0).json()["trajectory_id"] == 1
     sizes = [len(admin("POST", "/export_trajectories", request).json()["interactions"]) for _ in range(2)]

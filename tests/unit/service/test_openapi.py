@@ -18,6 +18,8 @@ def test_every_route_is_in_it_with_its_methods_and_no_other(service: Service) ->
     told = {path: {m.upper() for m in of} for path, of in openapi.document()["paths"].items()}
     any_shard = told.pop("/data/{shard_id}")
     assert any_shard == set(service.routes._shard)
+    below = {re.sub(r"\{\w+\}$", "", path): told.pop(path) for path in [*told] if path.endswith("}")}
+    assert below == {path: set(service.routes._below[path]) for path in below} and below
     served = {
         path: set(methods) - (any_shard if path.startswith("/data/") else set())
         for path, methods in service.routes._table.items()
