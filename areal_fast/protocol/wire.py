@@ -110,7 +110,7 @@ def decode(body: Buffer) -> Tensor:
         raise ShardRejected("'dtype' must be a string")
     sizes = _shape(m.shape)
     if m.type == "ndarray":
-        dtype = _numpy_dtype(m.dtype)
+        dtype = numpy_dtype(m.dtype)
         data = _base64(m.data)
         shape = _fit(sizes, len(data), (dtype.itemsize,))[0]
         return Tensor(dtype.str, shape, data, "ndarray")
@@ -163,7 +163,8 @@ def _fit(sizes: tuple[int, ...], nbytes: int, widths: tuple[int, ...]) -> tuple[
     raise ShardRejected(f"shape {list(sizes)[:8]} does not fit {nbytes} bytes of data")
 
 
-def _numpy_dtype(text: str) -> np.dtype[Any]:
+def numpy_dtype(text: str) -> np.dtype[Any]:
+    """The dtype of an array that may be stored: plain elements of a fixed size. ShardRejected."""
     if not _NUMPY_DTYPE.fullmatch(text):
         raise ShardRejected(f"Unknown array dtype {text[:80]!r}")
     try:
