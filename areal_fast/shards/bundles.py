@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from areal_fast.protocol import wire
 from areal_fast.protocol.export import DTYPES, ITEMSIZE, NAMES, NAMES_V2, PER_ROW, Row, Rows
+from areal_fast.shards import json_codec
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -96,8 +96,8 @@ class Bundle:
         self.meta = meta
         self._rows = Rows(meta.rows, data)
 
-    def parts_json(self, part: int) -> tuple[bytes, ...]:
-        """The tensor of one part as JSON, in pieces."""
+    def part_json(self, part: int) -> bytes:
+        """The tensor of one part as JSON."""
         row, at = divmod(part, len(self.meta.names))
         name = self.meta.names[at]
         if self.meta.kind == "batch":
@@ -106,4 +106,4 @@ class Bundle:
         else:
             array = self._rows.array(row, name)
             shape = (1,) if name in PER_ROW else (1, len(array))
-        return wire.tensor_parts(array.data, shape, DTYPES[name])
+        return json_codec.encode(DTYPES[name], shape, array.data, "own")

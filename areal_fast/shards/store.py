@@ -22,8 +22,8 @@ import msgspec
 from areal_fast.core import MAX_NAME_BYTES, Gone
 from areal_fast.errors import ShardRejected, ShardsNotFound
 from areal_fast.protocol import export, wire
-from areal_fast.protocol.wire import Form
-from areal_fast.shards import bundles
+from areal_fast.protocol.wire import Form, Kept
+from areal_fast.shards import bundles, json_codec
 from areal_fast.shards.bundles import Bundle, BundleMeta
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 WORD_SHARD_TENSORS = 62
 WORD_SHARD_BYTES = 63
 SWEEP_PAGE = 256
-
-
-Pieces = tuple[bytes, ...]
 
 
 class TensorMeta(msgspec.Struct, array_like=True, tag_field="form", tag="tensor"):
@@ -61,18 +58,15 @@ class ShardStore:
         self._addr_json = json.dumps(serving_addr, ensure_ascii=False)
 
     # -- put -------------------------------------------------------------------------------------------
-    def put_json(self, shard_id: str, body: Buffer) -> None:
+    def put_json(self, shard_id: str, body: bytes) -> None:
         """Store the tensor or array in `body` under `shard_id`, replacing any other. ShardRejected (nothing
         is stored then); ArenaFull."""
         name = _name(shard_id)
         if not name or len(name) > MAX_NAME_BYTES or name[0] == 0:
             raise ShardRejected("A shard id is 1 to 1024 bytes of text")
-        t = wire.decode(body)
-        nbytes = len(t.data) if t.form != "meta" else 0
-        arena = self._arena
         replaced = self._sizes(name)
-        arena.shard_put(name, _encode(TensorMeta(t.dtype, list(t.shape), t.form, nbytes)), (t.data,))
-        self._account(1 - replaced[0], nbytes - replaced[1])
+        kept = json_codec.store(self._arena, name, body, _meta_of)
+        self._account(1 - replaced[0], kept.nbytes - replaced[1])
         if (split := bundles.split_id(shard_id)) is not None:
             self._clear_part(*split)
 
@@ -97,8 +91,7 @@ class ShardStore:
         """The shard as JSON, or None."""
         opened: dict[bytes, tuple[int, Bundle]] = {}
         try:
-            parts = self._get(shard_id, opened)
-            return None if parts is None else b"".join(parts)
+            return self._get(shard_id, opened)
         finally:
             self._close_all(opened)
 
@@ -113,8 +106,7 @@ class ShardStore:
                 if found is None:
                     missing.append(shard_id)
                 elif not missing:
-                    out += found
-                    out.append(b",")
+                    out += (found, b",")
         finally:
             self._close_all(opened)
         if missing:
@@ -122,13 +114,13 @@ class ShardStore:
         out[max(len(out) - 1, 1) :] = [b"]"]
         return b"".join(out)
 
-    def _get(self, shard_id: str, opened: dict[bytes, tuple[int, Bundle]]) -> Pieces | None:
+    def _get(self, shard_id: str, opened: dict[bytes, tuple[int, Bundle]]) -> bytes | None:
         """`opened`: bundles the batch has pinned already, with what they have computed."""
         if (split := bundles.split_id(shard_id)) is not None:
             name, part = split
             if (known := opened.get(name)) is not None:
                 if self._arena.shard_bit(known[0], part):
-                    return known[1].parts_json(part)
+                    return known[1].part_json(part)
             elif (found := self._get_part(name, part, opened)) is not None:
                 return found
         slot = self._arena.pin_shard(_name(shard_id))
@@ -140,7 +132,7 @@ class ShardStore:
                 meta = _meta_decoder.decode(raw)
                 if isinstance(meta, BundleMeta):
                     return None
-                return wire.encode_parts(meta.dtype, tuple(meta.shape), view, meta.kept)
+                return json_codec.encode(meta.dtype, tuple(meta.shape), view, meta.kept)
         finally:
             self._arena.unpin(slot)
 
@@ -151,7 +143,7 @@ class ShardStore:
             del bundle
             self._arena.unpin(slot)
 
-    def _get_part(self, name: bytes, part: int, opened: dict[bytes, tuple[int, Bundle]]) -> Pieces | None:
+    def _get_part(self, name: bytes, part: int, opened: dict[bytes, tuple[int, Bundle]]) -> bytes | None:
         slot = self._arena.pin_shard(name)
         if slot < 0:
             return None
@@ -163,7 +155,7 @@ class ShardStore:
             return None
         bundle = Bundle(meta, view)
         opened[name] = (slot, bundle)
-        return bundle.parts_json(part)
+        return bundle.part_json(part)
 
     # -- clear -----------------------------------------------------------------------------------------
     def clear(self, shard_ids: Sequence[str]) -> tuple[int, int, int]:
@@ -278,6 +270,10 @@ class ShardStore:
             for i, name in enumerate(meta.names)
         ]
         return "{" + ",".join(parts) + "}"
+
+
+def _meta_of(kept: Kept) -> bytes:
+    return _encode(TensorMeta(kept.dtype, list(kept.shape), kept.form, kept.nbytes))
 
 
 def _name(shard_id: str) -> bytes:

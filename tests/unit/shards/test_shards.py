@@ -1,5 +1,6 @@
 """WIRE "Shards": put, get, batch, clear; bundles; counts; expiry. Answers byte for byte as recorded."""
 
+import base64
 import json
 from typing import Any
 
@@ -86,9 +87,7 @@ def test_clear_counts_what_it_removed_and_what_is_left(shards: ShardStore) -> No
 
 def test_large(shards: ShardStore) -> None:
     raw = np.random.default_rng(1).integers(0, 255, 3 << 20, np.uint8)
-    import pybase64
-
-    body = b'{"type":"tensor","data":"%b","shape":[3,1024,1024],"dtype":"torch.uint8"}' % pybase64.b64encode(
+    body = b'{"type":"tensor","data":"%b","shape":[3,1024,1024],"dtype":"torch.uint8"}' % base64.b64encode(
         raw.tobytes()
     )
     shards.put_json("big", body)

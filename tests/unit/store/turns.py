@@ -1,10 +1,10 @@
 """What the store's tests say often: a recorded turn, an export, its tensors."""
 
+import base64
 import json
 from typing import Any
 
 import numpy as np
-import pybase64
 
 from areal_fast.protocol.messages import ExportRequest
 from areal_fast.store import Export, Session, SessionStore, Turn
@@ -69,7 +69,7 @@ def fetch(store: SessionStore, reference: Any) -> np.ndarray[Any, Any]:
 
 
 def decode(tensor: Any) -> np.ndarray[Any, Any]:
-    raw = pybase64.b64decode(tensor["data"])
+    raw = base64.b64decode(tensor["data"])
     return np.frombuffer(raw, NUMPY[tensor["dtype"]]).reshape(tensor["shape"])
 
 
