@@ -7,6 +7,7 @@ the rule itself. Unknown path: 404; known path, other method: 405 with Allow. So
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
@@ -26,13 +27,15 @@ if TYPE_CHECKING:
     from areal_fast.service.control import Control
     from areal_fast.service.health import Health
     from areal_fast.service.log import Log
-    from areal_fast.shards import ShardStore
+    from areal_fast.shards import Outgoing, ShardStore
     from areal_fast.store import SessionStore
 
 Handler = Callable[["Exchange"], Awaitable[None] | None]
 
 OCTETS = b"application/octet-stream"
 LET_GO_S = 0.25
+SENT_AT_ONCE = 1 << 21
+SENT_A_TURN = 1 << 20
 """How long an export that removes a session waits for another worker, which has answered its request, to let
 go of the session. One still held after that has a turn in flight, and stays."""
 NOT_A_LIST = "'shard_ids' must be a list"
@@ -233,23 +236,24 @@ class Routes:
 
         return self._at_once_or_later(attempt)
 
-    def get_shard(self, exchange: Exchange) -> None:
+    def get_shard(self, exchange: Exchange) -> Awaitable[None] | None:
         shard_id = exchange.path[6:]
         found = None if "\0" in shard_id else self._shards.get_json(shard_id)
         if found is None:
             refuse_data(exchange, 404, f"Shard {shard_id} not found")
-        else:
-            exchange.respond(200, found, OCTETS)
+            return None
+        return _send(exchange, found)
 
-    def batch(self, exchange: Exchange) -> None:
+    def batch(self, exchange: Exchange) -> Awaitable[None] | None:
         shard_ids = _shard_ids(exchange)
         if shard_ids is None or not all(isinstance(shard_id, str) for shard_id in shard_ids):
             refuse_data(exchange, 400, NOT_A_STRING_LIST)
-            return
+            return None
         try:
-            exchange.respond(200, self._shards.batch_json(shard_ids), OCTETS)
+            return _send(exchange, self._shards.batch_json(shard_ids))
         except ShardsNotFound as error:
             refuse_data(exchange, 400, str(error), missing_shard_ids=error.shard_ids)
+            return None
 
     def clear(self, exchange: Exchange) -> Awaitable[None] | None:
         shard_ids = _shard_ids(exchange)
@@ -272,6 +276,34 @@ class Routes:
             )
 
         return self._at_once_or_later(attempt)
+
+
+def _send(exchange: Exchange, found: Outgoing) -> Awaitable[None] | None:
+    """Answer with shards: at once if they are small, else as fast as the client takes them."""
+    if found.size <= SENT_AT_ONCE:
+        exchange.respond(200, found.whole(), OCTETS)
+        return None
+    return _stream(exchange, found)
+
+
+async def _stream(exchange: Exchange, found: Outgoing) -> None:
+    """The loop is left to others after every MiB, and whenever the client is slower."""
+    try:
+        exchange.start(200, OCTETS, size=found.size)
+        turn = 0
+        for piece in found.pieces():
+            exchange.write(piece)
+            await exchange.drain()
+            if exchange.gone:
+                exchange.fail()
+                return
+            turn += len(piece)
+            if turn > SENT_A_TURN:
+                turn = 0
+                await asyncio.sleep(0)
+        exchange.finish()
+    finally:
+        found.close()
 
 
 def _configure(exchange: Exchange) -> None:

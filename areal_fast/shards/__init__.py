@@ -5,6 +5,7 @@ travel (files, raw bytes, GPU) come beside this one with the same nouns.
 """
 
 from areal_fast.shards.bundles import Bundle, BundleMeta, new_bundle_id
+from areal_fast.shards.outgoing import Outgoing
 from areal_fast.shards.store import ShardStore
 
-__all__ = ["Bundle", "BundleMeta", "ShardStore", "new_bundle_id"]
+__all__ = ["Bundle", "BundleMeta", "Outgoing", "ShardStore", "new_bundle_id"]

@@ -1,14 +1,11 @@
-"""Tensors between JSON bodies and shared memory: each byte is decoded, or encoded, once and in place.
+"""Tensors from JSON bodies into shared memory: each byte is decoded once and in place.
 
-In (`store`). What the body says is checked first: dtype, shape, and how many bytes its base64 stands for,
+What the body says is checked first: dtype, shape, and how many bytes its base64 stands for,
 which its length tells. Then the shard is reserved in the arena, the base64 is decoded by the core straight
 into it (bfloat16 narrowed on the way), and it is published; whatever fails before that abandons it. Two
 things are done only where they must be: a JSON parser reads a body of many kilobytes only around its data,
 whose end is found by the string's closing quote (see `_without_data` for why that is safe); and base64 with
 escapes or white space in it, which the canonical decoder refuses, is cleaned in the heap and judged there.
-
-Out (`encode`). The reply's bytes object is made once in its final size, and the core writes base64 into it
-from where the shard lies (bfloat16 widened on the way).
 
 What is accepted, and every error, is as in protocol/wire.py. Nothing here knows sessions or bundles.
 """
@@ -19,10 +16,10 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from areal_fast.core import base64_decode_into, base64_decoded_size, base64_encode
+from areal_fast.core import base64_decode_into, base64_decoded_size
 from areal_fast.errors import ShardRejected
 from areal_fast.protocol import wire
-from areal_fast.protocol.wire import Described, Form, Kept
+from areal_fast.protocol.wire import Described, Kept
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -77,15 +74,6 @@ def decode(body: bytes) -> tuple[Kept, bytearray]:
         data = bytearray(kept.nbytes)
         base64_decode_into(text, data, bf16=True)
     return kept, data
-
-
-def encode(dtype: str, shape: tuple[int, ...], data: Buffer, form: Form) -> bytes:
-    """JSON of a kept shard, `data` being its bytes as kept. Inverse of `decode` up to base64 spelling and −1
-    in shapes."""
-    before, after = wire.frame(dtype, shape, form)
-    if form == "meta":
-        return before + after
-    return base64_encode(data, before, after, bf16=form == "bf16")
 
 
 def _look(body: bytes) -> tuple[Described, memoryview]:

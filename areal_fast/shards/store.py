@@ -25,6 +25,7 @@ from areal_fast.protocol import export, wire
 from areal_fast.protocol.wire import Form, Kept
 from areal_fast.shards import bundles, json_codec
 from areal_fast.shards.bundles import Bundle, BundleMeta
+from areal_fast.shards.outgoing import Outgoing, Part
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -87,18 +88,19 @@ class ShardStore:
             self._arena.unpin(slot)
 
     # -- get -------------------------------------------------------------------------------------------
-    def get_json(self, shard_id: str) -> bytes | None:
-        """The shard as JSON, or None."""
+    def get_json(self, shard_id: str) -> Outgoing | None:
+        """The shard as JSON, or None. To be closed."""
         opened: dict[bytes, tuple[int, Bundle]] = {}
         try:
-            return self._get(shard_id, opened)
+            part = self._get(shard_id, opened)
+            return None if part is None else Outgoing([part], listed=False)
         finally:
             self._close_all(opened)
 
-    def batch_json(self, shard_ids: Sequence[str]) -> bytes:
-        """A JSON list of the shards in order. ShardsNotFound names all that are missing."""
+    def batch_json(self, shard_ids: Sequence[str]) -> Outgoing:
+        """A JSON list of the shards in order, to be closed. ShardsNotFound names all that are missing."""
         opened: dict[bytes, tuple[int, Bundle]] = {}
-        out: list[bytes] = [b"["]
+        parts: list[Part] = []
         missing: list[str] = []
         try:
             for shard_id in shard_ids:
@@ -106,21 +108,21 @@ class ShardStore:
                 if found is None:
                     missing.append(shard_id)
                 elif not missing:
-                    out += (found, b",")
+                    parts.append(found)
+            if missing:
+                parts.clear()
+                raise ShardsNotFound(missing)
+            return Outgoing(parts, listed=True)
         finally:
             self._close_all(opened)
-        if missing:
-            raise ShardsNotFound(missing)
-        out[max(len(out) - 1, 1) :] = [b"]"]
-        return b"".join(out)
 
-    def _get(self, shard_id: str, opened: dict[bytes, tuple[int, Bundle]]) -> bytes | None:
+    def _get(self, shard_id: str, opened: dict[bytes, tuple[int, Bundle]]) -> Part | None:
         """`opened`: bundles the batch has pinned already, with what they have computed."""
         if (split := bundles.split_id(shard_id)) is not None:
             name, part = split
             if (known := opened.get(name)) is not None:
                 if self._arena.shard_bit(known[0], part):
-                    return known[1].part_json(part)
+                    return known[1].part(part)
             elif (found := self._get_part(name, part, opened)) is not None:
                 return found
         slot = self._arena.pin_shard(_name(shard_id))
@@ -128,11 +130,11 @@ class ShardStore:
             return None
         try:
             raw, view = self._arena.shard_view(slot)
-            with view:
-                meta = _meta_decoder.decode(raw)
-                if isinstance(meta, BundleMeta):
-                    return None
-                return json_codec.encode(meta.dtype, tuple(meta.shape), view, meta.kept)
+            meta = _meta_decoder.decode(raw)
+            if isinstance(meta, BundleMeta):
+                view.release()
+                return None
+            return Part(meta.dtype, tuple(meta.shape), meta.kept, meta.nbytes, view)
         finally:
             self._arena.unpin(slot)
 
@@ -143,7 +145,7 @@ class ShardStore:
             del bundle
             self._arena.unpin(slot)
 
-    def _get_part(self, name: bytes, part: int, opened: dict[bytes, tuple[int, Bundle]]) -> bytes | None:
+    def _get_part(self, name: bytes, part: int, opened: dict[bytes, tuple[int, Bundle]]) -> Part | None:
         slot = self._arena.pin_shard(name)
         if slot < 0:
             return None
@@ -155,7 +157,7 @@ class ShardStore:
             return None
         bundle = Bundle(meta, view)
         opened[name] = (slot, bundle)
-        return bundle.part_json(part)
+        return bundle.part(part)
 
     # -- clear -----------------------------------------------------------------------------------------
     def clear(self, shard_ids: Sequence[str]) -> tuple[int, int, int]:

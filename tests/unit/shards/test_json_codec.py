@@ -18,6 +18,7 @@ from areal_fast.errors import ShardRejected
 from areal_fast.protocol import wire
 from areal_fast.protocol.wire import Kept
 from areal_fast.shards import json_codec
+from areal_fast.shards.outgoing import Outgoing, Part
 
 F32_2X2 = "AADAPwAAAMAAAAAAAACAfw=="
 
@@ -70,7 +71,10 @@ def decode(body: bytes) -> tuple[Kept, bytes]:
 
 
 def encode(kept: Kept, data: bytes) -> bytes:
-    return json_codec.encode(kept.dtype, kept.shape, data, kept.form)
+    found = Outgoing([Part(kept.dtype, kept.shape, kept.form, kept.nbytes, data)], listed=False)
+    size, body = found.size, found.whole()
+    assert len(body) == size
+    return body
 
 
 def round_trip(body: bytes) -> bytes:

@@ -62,7 +62,7 @@ def fetch(store: SessionStore, reference: Any) -> np.ndarray[Any, Any]:
     shard_id = reference["data"]["shard"]["data"]["shard_id"]
     body = store.shards.get_json(shard_id)
     assert body is not None, shard_id
-    tensor = json.loads(body)
+    tensor = json.loads(body.whole())
     meta = reference["data"]["data"]
     assert (tensor["shape"], tensor["dtype"]) == (meta["shape"], meta["dtype"])
     return decode(tensor)
