@@ -25,7 +25,8 @@ from areal_fast.protocol import export, wire
 from areal_fast.protocol.wire import Form, Kept
 from areal_fast.shards import bundles, json_codec
 from areal_fast.shards.bundles import Bundle, BundleMeta
-from areal_fast.shards.outgoing import Outgoing, Part
+from areal_fast.shards.description import Description
+from areal_fast.shards.outgoing import Outgoing, Part, RawOutgoing
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -62,12 +63,26 @@ class ShardStore:
     def put_json(self, shard_id: str, body: bytes) -> None:
         """Store the tensor or array in `body` under `shard_id`, replacing any other. ShardRejected (nothing
         is stored then); ArenaFull."""
-        name = _name(shard_id)
-        if not name or len(name) > MAX_NAME_BYTES or name[0] == 0:
-            raise ShardRejected("A shard id is 1 to 1024 bytes of text")
+        name = checked_name(shard_id)
         replaced = self._sizes(name)
         kept = json_codec.store(self._arena, name, body, _meta_of)
-        self._account(1 - replaced[0], kept.nbytes - replaced[1])
+        self._replaced(shard_id, replaced, kept.nbytes)
+
+    def put(self, shard_id: str, what: Description, data: Buffer) -> None:
+        """Store `data`, the bytes of what `what` describes, replacing any other shard of this id.
+        ShardRejected, ArenaFull, IndexBusy: nothing was stored."""
+        name = checked_name(shard_id)
+        if memoryview(data).nbytes != what.nbytes:
+            raise ShardRejected(f"{what.nbytes} bytes are described, {memoryview(data).nbytes} came")
+        replaced = self._sizes(name)
+        self._arena.shard_put(
+            name, _encode(TensorMeta(what.dtype, list(what.shape), what.form, what.nbytes)), (data,)
+        )
+        self._replaced(shard_id, replaced, what.nbytes)
+
+    def _replaced(self, shard_id: str, before: tuple[int, int], nbytes: int) -> None:
+        """A shard of `nbytes` now stands where one of sizes `before` did."""
+        self._account(1 - before[0], nbytes - before[1])
         if (split := bundles.split_id(shard_id)) is not None:
             self._clear_part(*split)
 
@@ -90,15 +105,22 @@ class ShardStore:
     # -- get -------------------------------------------------------------------------------------------
     def get_json(self, shard_id: str) -> Outgoing | None:
         """The shard as JSON, or None. To be closed."""
-        opened: dict[bytes, tuple[int, Bundle]] = {}
         try:
-            part = self._get(shard_id, opened)
-            return None if part is None else Outgoing([part], listed=False)
-        finally:
-            self._close_all(opened)
+            return Outgoing(self.find([shard_id]), listed=False)
+        except ShardsNotFound:
+            return None
 
     def batch_json(self, shard_ids: Sequence[str]) -> Outgoing:
         """A JSON list of the shards in order, to be closed. ShardsNotFound names all that are missing."""
+        return Outgoing(self.find(shard_ids), listed=True)
+
+    def raw(self, shard_ids: Sequence[str]) -> RawOutgoing:
+        """The shards as one safetensors file, to be closed. ShardsNotFound as above; ShardRejected."""
+        names = list(dict.fromkeys(shard_ids))
+        return RawOutgoing(dict(zip(names, self.find(names), strict=True)))
+
+    def find(self, shard_ids: Sequence[str]) -> list[Part]:
+        """The shards in order. Each part keeps its shard's memory until it is let go. ShardsNotFound."""
         opened: dict[bytes, tuple[int, Bundle]] = {}
         parts: list[Part] = []
         missing: list[str] = []
@@ -112,7 +134,7 @@ class ShardStore:
             if missing:
                 parts.clear()
                 raise ShardsNotFound(missing)
-            return Outgoing(parts, listed=True)
+            return parts
         finally:
             self._close_all(opened)
 
@@ -276,6 +298,14 @@ class ShardStore:
 
 def _meta_of(kept: Kept) -> bytes:
     return _encode(TensorMeta(kept.dtype, list(kept.shape), kept.form, kept.nbytes))
+
+
+def checked_name(shard_id: str) -> bytes:
+    """The arena's name for an id under which something may be put. ShardRejected."""
+    name = _name(shard_id)
+    if not name or len(name) > MAX_NAME_BYTES or name[0] == 0:
+        raise ShardRejected("A shard id is 1 to 1024 bytes of text")
+    return name
 
 
 def _name(shard_id: str) -> bytes:
