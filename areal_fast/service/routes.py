@@ -95,6 +95,8 @@ class Routes:
         }
         shard: dict[str, Handler] = {"GET": self.get_shard, "PUT": self.put_shard}
         self._shard = shard
+        if "/data/ways" in self._table:
+            self._table["/data/ways"] = {**shard, **self._table["/data/ways"]}
         self._table["/data/batch"] = {**shard, "POST": self.batch}
         self._table["/data/clear"] = {**shard, "DELETE": self.clear}
 

@@ -14,7 +14,8 @@ Runs on the loop's thread. Raises the arena's ArenaFull and IndexBusy as they co
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -27,15 +28,23 @@ from areal_fast.shards import bundles, json_codec
 from areal_fast.shards.bundles import Bundle, BundleMeta
 from areal_fast.shards.description import Description
 from areal_fast.shards.outgoing import Outgoing, Part, RawOutgoing
+from areal_fast.shards.sealed import MAPPED_FROM_BYTES, SealedFile
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
     from areal_fast.core._core import Arena
 
+FILE_BYTES = 60
+"""Word: bytes of all shards that are files. Written by the supervisor alone."""
+FILES_CHANGED = 61
+"""Word: counts removals of such shards; a hint to the supervisor."""
 WORD_SHARD_TENSORS = 62
 WORD_SHARD_BYTES = 63
 SWEEP_PAGE = 256
+EVER_NS = (1 << 63) - 1
+FILE_TRIES = 3
+"""Looks at an id whose file went between the record and its opening: the shard was replaced, and is there."""
 
 
 class TensorMeta(msgspec.Struct, array_like=True, tag_field="form", tag="tensor"):
@@ -47,16 +56,32 @@ class TensorMeta(msgspec.Struct, array_like=True, tag_field="form", tag="tensor"
     nbytes: int
 
 
-_meta_decoder = msgspec.msgpack.Decoder(TensorMeta | BundleMeta)
+class FileMeta(msgspec.Struct, array_like=True, tag_field="form", tag="file"):
+    """Meta of a shard whose bytes are a sealed file (sealed.py) that the supervisor holds, as its descriptor
+    `fd`. The record has no data."""
+
+    dtype: str
+    shape: list[int]
+    kept: Form
+    nbytes: int
+    fd: int
+    inode: int
+
+
+Meta = TensorMeta | BundleMeta | FileMeta
+
+_meta_decoder: msgspec.msgpack.Decoder[Meta] = msgspec.msgpack.Decoder(Meta)
 _encode = msgspec.msgpack.Encoder().encode
 
 
 class ShardStore:
-    """See the top of the file. `serving_addr` HOST:PORT is written into references."""
+    """See the top of the file. `serving_addr` HOST:PORT is written into references. holder_pid: who holds the
+    shards that are files; 0, they cannot be read here."""
 
     def __init__(self, arena: Arena, serving_addr: str = "") -> None:
         self._arena = arena
         self.serving_addr = serving_addr
+        self.holder_pid = 0
         self._addr_json = json.dumps(serving_addr, ensure_ascii=False)
 
     # -- put -------------------------------------------------------------------------------------------
@@ -80,9 +105,51 @@ class ShardStore:
         )
         self._replaced(shard_id, replaced, what.nbytes)
 
+    def put_file(self, shard_id: str, name: bytes, meta: FileMeta) -> int:
+        """Publish a shard whose file the supervisor holds; its slot. ArenaFull, IndexBusy."""
+        replaced = self._sizes(name)
+        slot = self._arena.shard_put(name, _encode(meta), ())
+        self._replaced(shard_id, replaced, meta.nbytes)
+        return slot
+
+    def file_at(self, slot: int) -> FileMeta | None:
+        """The record of the file shard in this slot, if there is one. For the supervisor."""
+        if not self._arena.pin_slot(slot):
+            return None
+        try:
+            meta = self._meta(slot)
+            return meta if isinstance(meta, FileMeta) else None
+        finally:
+            self._arena.unpin(slot)
+
+    def file_records(self) -> Iterator[tuple[int, FileMeta]]:
+        """(slot, record) of every file shard. O(shards)."""
+        cursor = 0
+        while True:
+            slots, cursor = self._arena.expired_shards(EVER_NS, cursor, SWEEP_PAGE)
+            for slot in slots:
+                if (meta := self.file_at(slot)) is not None:
+                    yield slot, meta
+            if cursor == 0:
+                return
+
+    def _open_file(self, meta: FileMeta) -> SealedFile | None:
+        """The file, by way of its holder; None if it is not there any more (its shard was removed)."""
+        if not self.holder_pid:
+            return None
+        try:
+            fd = os.open(f"/proc/{self.holder_pid}/fd/{meta.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        file = SealedFile(fd, meta.nbytes)
+        found = os.fstat(fd)
+        return file if (found.st_ino, found.st_size) == (meta.inode, meta.nbytes) else None
+
     def _replaced(self, shard_id: str, before: tuple[int, int], nbytes: int) -> None:
         """A shard of `nbytes` now stands where one of sizes `before` did."""
         self._account(1 - before[0], nbytes - before[1])
+        if before[0] and before[1] >= MAPPED_FROM_BYTES:
+            self._arena.add_word(FILES_CHANGED, 1)
         if (split := bundles.split_id(shard_id)) is not None:
             self._clear_part(*split)
 
@@ -147,12 +214,26 @@ class ShardStore:
                     return known[1].part(part)
             elif (found := self._get_part(name, part, opened)) is not None:
                 return found
-        slot = self._arena.pin_shard(_name(shard_id))
-        if slot < 0:
-            return None
+        for _ in range(FILE_TRIES):
+            slot = self._arena.pin_shard(_name(shard_id))
+            if slot < 0:
+                return None
+            found = self._part_at(slot)
+            if found is not None:
+                return found
+        return None
+
+    def _part_at(self, slot: int) -> Part | None:
+        """A pinned slot's shard, unpinned; None if it is none that has bytes (any more)."""
         try:
             raw, view = self._arena.shard_view(slot)
             meta = _meta_decoder.decode(raw)
+            if isinstance(meta, FileMeta):
+                view.release()
+                file = self._open_file(meta)
+                if file is None:
+                    return None
+                return Part(meta.dtype, tuple(meta.shape), meta.kept, meta.nbytes, file)
             if isinstance(meta, BundleMeta):
                 view.release()
                 return None
@@ -245,11 +326,10 @@ class ShardStore:
         self._arena.add_word(WORD_SHARD_TENSORS, tensors)
         self._arena.add_word(WORD_SHARD_BYTES, nbytes)
 
-    def _meta(self, slot: int) -> TensorMeta | BundleMeta:
+    def _meta(self, slot: int) -> Meta:
         raw, view = self._arena.shard_view(slot)
         view.release()
-        meta: TensorMeta | BundleMeta = _meta_decoder.decode(raw)
-        return meta
+        return _meta_decoder.decode(raw)
 
     def _sizes(self, name: bytes) -> tuple[int, int]:
         slot = self._arena.pin_shard(name)
@@ -260,18 +340,21 @@ class ShardStore:
         finally:
             self._arena.unpin(slot)
 
-    def _left(self, slot: int, meta: TensorMeta | BundleMeta) -> tuple[int, int]:
-        if isinstance(meta, TensorMeta):
+    def _left(self, slot: int, meta: Meta) -> tuple[int, int]:
+        if not isinstance(meta, BundleMeta):
             return 1, meta.nbytes
         left = [p for p in range(meta.parts) if self._arena.shard_bit(slot, p)]
         return len(left), sum(meta.part_bytes(p) for p in left)
 
     def _remove(self, slot: int) -> bool:
         """Close a pinned shard; False if another did."""
-        tensors, nbytes = self._left(slot, self._meta(slot))
+        meta = self._meta(slot)
+        tensors, nbytes = self._left(slot, meta)
         if not _close(self._arena, slot):
             return False
         self._account(-tensors, -nbytes)
+        if isinstance(meta, FileMeta):
+            self._arena.add_word(FILES_CHANGED, 1)
         return True
 
     # -- references ------------------------------------------------------------------------------------

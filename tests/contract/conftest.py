@@ -18,15 +18,17 @@ def proxy() -> Iterator[Proxy]:
 
 
 @pytest.fixture(params=list(WAYS))
-def way_in(request: pytest.FixtureRequest, proxy: Proxy) -> Way:
-    way: Way = WAYS[request.param](proxy)
-    return way
+def way_in(request: pytest.FixtureRequest, proxy: Proxy) -> Iterator[Way]:
+    way = WAYS[request.param](proxy)
+    yield way
+    way.close()
 
 
 @pytest.fixture(params=list(WAYS))
-def way_out(request: pytest.FixtureRequest, proxy: Proxy) -> Way:
-    way: Way = WAYS[request.param](proxy)
-    return way
+def way_out(request: pytest.FixtureRequest, proxy: Proxy) -> Iterator[Way]:
+    way = WAYS[request.param](proxy)
+    yield way
+    way.close()
 
 
 @pytest.fixture

@@ -1,22 +1,25 @@
 """The ways a shard can go in and out, behind one face, for tests that hold for all of them.
 
-A way puts bytes under an id and gets (description, bytes) back; how it does that is its own. Bytes here are a
-tensor's as torch holds them (and an array's as numpy does): what a way changes underway (JSON widens bfloat16)
-it must change back.
+A way puts bytes under an id and gets (description, bytes) back; how it does that is its own. Bytes here are
+a tensor's as torch holds them (and an array's as numpy does): what a way changes underway (JSON widens
+bfloat16) it must change back.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
 import numpy as np
 
+from areal_fast.errors import ShardsNotFound
 from areal_fast.shards import raw
 from areal_fast.shards.description import Description, describe
+from areal_fast.shards.local import LocalRefused, LocalShards
 from tests.e2e.running import Proxy
 
 
@@ -38,6 +41,7 @@ class Way(Protocol):
 
     def put(self, shard_id: str, shard: Shard) -> None: ...
     def get(self, shard_ids: Sequence[str]) -> list[Shard]: ...
+    def close(self) -> None: ...
 
 
 def checked(answer: Any) -> Any:
@@ -46,11 +50,16 @@ def checked(answer: Any) -> Any:
     return answer
 
 
-class Json:
-    name = "json"
-
+class _Http:
     def __init__(self, proxy: Proxy) -> None:
         self.proxy = proxy
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+
+class Json(_Http):
+    name = "json"
 
     def put(self, shard_id: str, shard: Shard) -> None:
         what, data = shard
@@ -80,11 +89,8 @@ class Json:
         return Shard(what, data)
 
 
-class Raw:
+class Raw(_Http):
     name = "raw"
-
-    def __init__(self, proxy: Proxy) -> None:
-        self.proxy = proxy
 
     def put(self, shard_id: str, shard: Shard) -> None:
         body = raw.lay_out([("t", shard.what)]).header + shard.data
@@ -105,4 +111,32 @@ class Raw:
         return [found[shard_id] for shard_id in shard_ids]
 
 
-WAYS: dict[str, Any] = {"json": Json, "raw": Raw}
+class Local:
+    name = "local"
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.shards = LocalShards(proxy.ask("GET", "/data/ways").json["local"])
+
+    def put(self, shard_id: str, shard: Shard) -> None:
+        with _refusals():
+            self.shards.put_bytes(shard_id, shard.what, shard.data)
+
+    def get(self, shard_ids: Sequence[str]) -> list[Shard]:
+        with _refusals():
+            return [Shard(mapped.what, bytes(mapped.data)) for mapped in self.shards.map(shard_ids)]
+
+    def close(self) -> None:
+        self.shards.close()
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except LocalRefused as error:
+        raise Refused(error.status, str(error)) from None
+    except ShardsNotFound as error:
+        raise Refused(400, f"{error} {error.shard_ids}") from None
+
+
+WAYS: dict[str, Any] = {"json": Json, "raw": Raw, "local": Local}
