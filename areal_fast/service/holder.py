@@ -1,9 +1,10 @@
 """The supervisor's table of shard files: it holds their descriptors, so no worker's death loses a shard.
 
 Theory. A shard that is a file has an arena record without data (FileMeta: the supervisor's descriptor number
-and the file's inode). The record is the only truth. A descriptor is kept as long as the record that names it is
-there, and closed by `reconcile` when it is not, so nobody has to tell of a removal and a kill anywhere leaks
-nothing: the word FILES_CHANGED, which whoever removes one counts up, only says that looking is worth while.
+and the file's inode). The record is the only truth. A descriptor is kept as long as the record that names it
+is there, and closed by `reconcile` when it is not, so nobody has to tell of a removal and a kill anywhere
+leaks nothing: the word FILES_CHANGED, which whoever removes one counts up, only says that looking is worth
+while.
 
     hold      a worker sends the file; it is checked, counted and kept, not yet anybody's ("in flight")
     placed    the worker has published the record in slot N

@@ -1,4 +1,4 @@
-"""The worker's side of the local socket (protocol: shards/local.py): files in and out for this host's clients.
+"""The worker's side of the local socket (protocol: shards/local.py): files in and out for this host.
 
 The listener is the supervisor's, shared by all workers like the TCP one. Only processes of this user (or
 root) are served; with --data-auth the first message must bring the admin key.

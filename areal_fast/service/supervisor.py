@@ -36,6 +36,7 @@ from areal_fast.service.holder import Holder
 from areal_fast.service.log import Log
 from areal_fast.service.processes import TICK_S, Process, Role, spawn, spawn_engine
 from areal_fast.service.words import TREE_SIGNALLED
+from areal_fast.shards.store import DEATHS
 
 BACKLOG: Final = 4096
 MAX_FILES: Final = 1 << 18
@@ -396,6 +397,7 @@ class Supervisor:
         try:
             if death.role.beats:
                 swept = {name: count for name, count in self._arena.sweep(death.proc).items() if count}
+                self._arena.add_word(DEATHS, 1)
         except IndexBusy:
             self.unswept.append(death)
             return

@@ -164,7 +164,11 @@ class LocalShards:
             raise NotLocal(f"cannot connect to the proxy's local socket: {error}") from None
         self._socket = sock
         if self._key:
-            self._exchange(sock, encode({"op": "hello", "key": self._key}), ())
+            try:
+                self._exchange(sock, encode({"op": "hello", "key": self._key}), ())
+            except BaseException:
+                self.close()
+                raise
         return sock
 
     def _ask(self, fields: dict[str, Any], *fds: int) -> tuple[dict[str, Any], list[int]]:
@@ -176,7 +180,11 @@ class LocalShards:
                 return self._exchange(sock, request, fds)
             except (NotLocal, OSError):
                 self.close()
-        return self._exchange(self._connect(), request, fds)
+        try:
+            return self._exchange(self._connect(), request, fds)
+        except OSError as error:
+            self.close()
+            raise NotLocal(f"the proxy's local socket broke: {error}") from None
 
     def _exchange(
         self, sock: socket.socket, request: bytes, fds: Sequence[int]

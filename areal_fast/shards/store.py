@@ -6,7 +6,8 @@ there first; a put under such an id is stored as itself and then takes the part'
 so a reader sees the old tensor or the new one.
 
 `num_tensors` and `total_bytes` (the answer of clear) are two words of the arena, kept beside the shards: a
-process killed between the two, or two puts of one id at the same moment, leave them a little off.
+process killed between the two, or two puts of one id at the same moment, leave them a little off. `recount`
+makes them exact again at the next quiet moment; the cleaner calls it.
 
 Runs on the loop's thread. Raises the arena's ArenaFull and IndexBusy as they come.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
     from areal_fast.core._core import Arena
 
+COUNTS_CHANGED = 58
+"""Word: how often the two words of the totals were changed."""
+DEATHS = 59
+"""Word: processes that died, counted by the supervisor once they are swept."""
 FILE_BYTES = 60
 """Word: bytes of all shards that are files. Written by the supervisor alone."""
 FILES_CHANGED = 61
@@ -124,14 +129,9 @@ class ShardStore:
 
     def file_records(self) -> Iterator[tuple[int, FileMeta]]:
         """(slot, record) of every file shard. O(shards)."""
-        cursor = 0
-        while True:
-            slots, cursor = self._arena.expired_shards(EVER_NS, cursor, SWEEP_PAGE)
-            for slot in slots:
-                if (meta := self.file_at(slot)) is not None:
-                    yield slot, meta
-            if cursor == 0:
-                return
+        for slot in self._slots():
+            if (meta := self.file_at(slot)) is not None:
+                yield slot, meta
 
     def _open_file(self, meta: FileMeta) -> SealedFile | None:
         """The file, by way of its holder; None if it is not there any more (its shard was removed)."""
@@ -322,9 +322,46 @@ class ShardStore:
         arena = self._arena
         return max(0, arena.word(WORD_SHARD_TENSORS)), max(0, arena.word(WORD_SHARD_BYTES))
 
+    def recount(self, pause: Callable[[], object]) -> bool:
+        """Set the totals to what is there. False, and nothing done, if shards came or went meanwhile.
+
+        Between two equal counts `pause` passes: who had changed the shards and not yet the words, has then.
+        O(shards)."""
+        arena = self._arena
+        changed = arena.word(COUNTS_CHANGED)
+        found = self._count()
+        pause()
+        if self._count() != found or arena.word(COUNTS_CHANGED) != changed:
+            return False
+        arena.add_word(WORD_SHARD_TENSORS, found[0] - arena.word(WORD_SHARD_TENSORS))
+        arena.add_word(WORD_SHARD_BYTES, found[1] - arena.word(WORD_SHARD_BYTES))
+        return True
+
+    def _count(self) -> tuple[int, int]:
+        tensors = nbytes = 0
+        for slot in self._slots():
+            if self._arena.pin_slot(slot):
+                try:
+                    more = self._left(slot, self._meta(slot))
+                finally:
+                    self._arena.unpin(slot)
+                tensors += more[0]
+                nbytes += more[1]
+        return tensors, nbytes
+
+    def _slots(self) -> Iterator[int]:
+        """Of every shard in the arena."""
+        cursor = 0
+        while True:
+            slots, cursor = self._arena.expired_shards(EVER_NS, cursor, SWEEP_PAGE)
+            yield from slots
+            if cursor == 0:
+                return
+
     def _account(self, tensors: int, nbytes: int) -> None:
         self._arena.add_word(WORD_SHARD_TENSORS, tensors)
         self._arena.add_word(WORD_SHARD_BYTES, nbytes)
+        self._arena.add_word(COUNTS_CHANGED, 1)
 
     def _meta(self, slot: int) -> Meta:
         raw, view = self._arena.shard_view(slot)
