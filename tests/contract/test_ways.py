@@ -11,8 +11,9 @@ import pytest
 from areal_fast.protocol.wire import TORCH_ITEMSIZE
 from areal_fast.shards import raw
 from areal_fast.shards.description import Description, describe
-from tests.contract.ways import Raw, Refused, Shard, Way
+from tests.contract.ways import WAYS, Raw, Refused, Shard, Way
 from tests.e2e.running import Proxy
+from tests.e2e.test_life import shard_ids
 from tests.unit.shards.test_raw import LIES
 
 SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (2, 0, 5), (2, 3), (70_001,))
@@ -187,3 +188,22 @@ def test_a_header_over_the_limit_is_refused(proxy: Proxy, fresh: str) -> None:
     size = (2 << 20) + 1
     body = struct.pack("<Q", size) + b" " * size
     assert proxy.ask("PUT", f"/data/{fresh}", body, headers=FILE).status == 400
+
+
+# -- exports ---------------------------------------------------------------------------------------------
+def test_the_shards_of_an_export_are_the_same_by_all_ways(proxy: Proxy) -> None:
+    session_id, key = proxy.start("ways")
+    for turn in range(3):
+        assert proxy.chat(key, f"turn {turn}").status == 200
+    assert proxy.reward(key).status == 200
+    interactions = proxy.export(session_id).json["interactions"]
+    ids = [shard for interaction in interactions.values() for shard in shard_ids(interaction)]
+    assert len(ids) >= 18
+    ways = [make(proxy) for make in WAYS.values()]
+    found = [way.get(ids) for way in ways]
+    for way in ways:
+        way.close()
+    assert all(len(shard.data) == shard.what.nbytes for shard in found[0])
+    assert found == [found[0]] * len(ways)
+    answer = proxy.ask("DELETE", "/data/clear", {"shard_ids": ids})
+    assert answer.json["cleared_count"] == len(ids)
