@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from areal_fast.errors import ShardRejected
 from areal_fast.shards import sealed
-from areal_fast.shards.store import FILE_BYTES, FILES_CHANGED, ShardStore
+from areal_fast.shards.store import FILE_BYTES, FILES_CHANGED, GRANULE_BYTES, ShardStore
 
 if TYPE_CHECKING:
     from areal_fast.core._core import Arena
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 IDLE_PAGE: Final = 64
 """Files looked at a tick when nobody says that there is something to see."""
-GRANULE_BYTES: Final = 4096
 
 
 class Held:

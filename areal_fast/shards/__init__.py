@@ -1,7 +1,7 @@
 """Shards: immutable tensors with an id, kept in the arena's memory, handed out as JSON or as raw bytes.
 
 `ShardStore` takes tensors that others put, and the bundles that exports leave. Other ways for a shard to
-travel (files, GPU) come beside this one with the same nouns.
+travel (a descriptor on the same host: local.py; GPU) come beside this one with the same nouns.
 """
 
 from areal_fast.shards.bundles import Bundle, BundleMeta, new_bundle_id

@@ -1,7 +1,8 @@
 """Host shards in the arena: put, get, batch, clear, expiry.
 
 A put shard is one arena shard: its meta says dtype, shape and form, its data are the bytes to keep. A bundle
-(bundles.py) is one arena shard for all parts of an export. An id that looks like a bundle's part is looked up
+(bundles.py) is one arena shard for all parts of an export. A file (sealed.py) has a record here, without
+data. An id that looks like a bundle's part is looked up
 there first; a put under such an id is stored as itself and then takes the part's place by clearing its bit,
 so a reader sees the old tensor or the new one.
 
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from areal_fast.core import MAX_NAME_BYTES, Gone
+from areal_fast.core import MAX_NAME_BYTES, ArenaFull, Gone
 from areal_fast.errors import ShardRejected, ShardsNotFound
 from areal_fast.protocol import export, wire
 from areal_fast.protocol.wire import Form, Kept
@@ -47,6 +48,7 @@ FILES_CHANGED = 61
 WORD_SHARD_TENSORS = 62
 WORD_SHARD_BYTES = 63
 SWEEP_PAGE = 256
+GRANULE_BYTES = 4096
 EVER_NS = (1 << 63) - 1
 FILE_TRIES = 3
 """Looks at an id whose file went between the record and its opening: the shard was replaced, and is there."""
@@ -94,6 +96,7 @@ class ShardStore:
         """Store the tensor or array in `body` under `shard_id`, replacing any other. ShardRejected (nothing
         is stored then); ArenaFull."""
         name = checked_name(shard_id)
+        self._check_budget(len(body) // 4 * 3)
         replaced = self._sizes(name)
         kept = json_codec.store(self._arena, name, body, _meta_of)
         self._replaced(shard_id, replaced, kept.nbytes)
@@ -104,6 +107,7 @@ class ShardStore:
         name = checked_name(shard_id)
         if memoryview(data).nbytes != what.nbytes:
             raise ShardRejected(f"{what.nbytes} bytes are described, {memoryview(data).nbytes} came")
+        self._check_budget(what.nbytes)
         replaced = self._sizes(name)
         self._arena.shard_put(
             name, _encode(TensorMeta(what.dtype, list(what.shape), what.form, what.nbytes)), (data,)
@@ -132,6 +136,15 @@ class ShardStore:
         for slot in self._slots():
             if (meta := self.file_at(slot)) is not None:
                 yield slot, meta
+
+    def _check_budget(self, nbytes: int) -> None:
+        """ArenaFull if a large shard of about `nbytes` would take what the files have of the budget. Small
+        ones and sessions have the arena to themselves: their memory is worth no such look."""
+        files = self._arena.word(FILE_BYTES)
+        if files and nbytes >= MAPPED_FROM_BYTES:
+            stats = self._arena.stats()
+            if stats["granules_used"] * GRANULE_BYTES + files + nbytes > stats["bytes_max"]:
+                raise ArenaFull
 
     def _open_file(self, meta: FileMeta) -> SealedFile | None:
         """The file, by way of its holder; None if it is not there any more (its shard was removed)."""

@@ -133,6 +133,9 @@ def test_files_count_against_the_budget() -> None:
         with pytest.raises(LocalRefused) as refusal:
             shards.put_bytes("second", what, bytes(what.nbytes))
         assert refusal.value.status == 507
+        file = raw.lay_out([("t", what)]).header + bytes(what.nbytes)
+        kind = {"content-type": raw.MEDIA_TYPE}
+        assert proxy.ask("PUT", "/data/second", file, headers=kind).status == 507
         emptied(proxy, ["first"])
         shards.put_bytes("second", what, bytes(what.nbytes))
 
