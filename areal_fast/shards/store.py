@@ -8,6 +8,9 @@ so a reader sees the old tensor or the new one.
 `num_tensors` and `total_bytes` (the answer of clear) are two words of the arena, kept beside the shards: a
 process killed between the two, or two puts of one id at the same moment, leave them a little off.
 
+A shard may also live elsewhere (gpu_records.py): then its record here has no data bytes, and it is nobody's to
+fetch through this class, but it is counted, replaced, cleared and expired like any other.
+
 Runs on the loop's thread. Raises the arena's ArenaFull and IndexBusy as they come.
 """
 
@@ -25,6 +28,7 @@ from areal_fast.protocol import export, wire
 from areal_fast.protocol.wire import Form, Kept
 from areal_fast.shards import bundles, json_codec
 from areal_fast.shards.bundles import Bundle, BundleMeta
+from areal_fast.shards.gpu_records import GpuHold, GpuMeta
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -45,7 +49,9 @@ class TensorMeta(msgspec.Struct, array_like=True, tag_field="form", tag="tensor"
     nbytes: int
 
 
-_meta_decoder = msgspec.msgpack.Decoder(TensorMeta | BundleMeta)
+Meta = TensorMeta | BundleMeta | GpuMeta | GpuHold
+
+_meta_decoder: msgspec.msgpack.Decoder[Meta] = msgspec.msgpack.Decoder(Meta)
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -53,7 +59,7 @@ class ShardStore:
     """See the top of the file. `serving_addr` HOST:PORT is written into references."""
 
     def __init__(self, arena: Arena, serving_addr: str = "") -> None:
-        self._arena = arena
+        self.arena = self._arena = arena
         self.serving_addr = serving_addr
         self._addr_json = json.dumps(serving_addr, ensure_ascii=False)
 
@@ -61,12 +67,23 @@ class ShardStore:
     def put_json(self, shard_id: str, body: bytes) -> None:
         """Store the tensor or array in `body` under `shard_id`, replacing any other. ShardRejected (nothing
         is stored then); ArenaFull."""
-        name = _name(shard_id)
-        if not name or len(name) > MAX_NAME_BYTES or name[0] == 0:
-            raise ShardRejected("A shard id is 1 to 1024 bytes of text")
+        name = _checked_name(shard_id)
         replaced = self._sizes(name)
         kept = json_codec.store(self._arena, name, body, _meta_of)
-        self._account(1 - replaced[0], kept.nbytes - replaced[1])
+        self._replaced(shard_id, replaced, kept.nbytes)
+
+    def put_elsewhere(self, shard_id: str, meta: GpuMeta) -> int:
+        """Store the record of a shard whose bytes are on a GPU, replacing any other shard of this id; its slot.
+        ShardRejected, ArenaFull, IndexBusy."""
+        name = _checked_name(shard_id)
+        replaced = self._sizes(name)
+        slot = self._arena.shard_put(name, _encode(meta), ())
+        self._replaced(shard_id, replaced, meta.nbytes)
+        return slot
+
+    def _replaced(self, shard_id: str, before: tuple[int, int], nbytes: int) -> None:
+        """A put is done: account for it, and for what was there `before` (tensors, bytes)."""
+        self._account(1 - before[0], nbytes - before[1])
         if (split := bundles.split_id(shard_id)) is not None:
             self._clear_part(*split)
 
@@ -130,7 +147,7 @@ class ShardStore:
             raw, view = self._arena.shard_view(slot)
             with view:
                 meta = _meta_decoder.decode(raw)
-                if isinstance(meta, BundleMeta):
+                if not isinstance(meta, TensorMeta):
                     return None
                 return json_codec.encode(meta.dtype, tuple(meta.shape), view, meta.kept)
         finally:
@@ -182,7 +199,7 @@ class ShardStore:
         if slot < 0:
             return False
         try:
-            meta = self._meta(slot)
+            meta = self.meta(slot)
             if not isinstance(meta, BundleMeta) or part >= meta.parts:
                 return False
             was, empty = arena.shard_clear_bit(slot, part)
@@ -202,14 +219,18 @@ class ShardStore:
         while True:
             slots, cursor = self._arena.expired_shards(created_before_ns, cursor, SWEEP_PAGE)
             for slot in slots:
-                if not self._arena.pin_slot(slot):
-                    continue
-                try:
-                    removed += self._remove(slot)
-                finally:
-                    self._arena.unpin(slot)
+                removed += self.remove_slot(slot, but=GpuHold)  # those end with their process
             if cursor == 0:
                 return removed
+
+    def remove_slot(self, slot: int, *, but: type[Meta] | None = None) -> bool:
+        """Remove the shard in `slot`, if there is one and its record is not of the kind `but`."""
+        if not self._arena.pin_slot(slot):
+            return False
+        try:
+            return not (but and isinstance(self.meta(slot), but)) and self._remove(slot)
+        finally:
+            self._arena.unpin(slot)
 
     # -- counts ----------------------------------------------------------------------------------------
     def totals(self) -> tuple[int, int]:
@@ -221,30 +242,36 @@ class ShardStore:
         self._arena.add_word(WORD_SHARD_TENSORS, tensors)
         self._arena.add_word(WORD_SHARD_BYTES, nbytes)
 
-    def _meta(self, slot: int) -> TensorMeta | BundleMeta:
+    def meta(self, slot: int) -> Meta:
+        """A pinned shard's record."""
         raw, view = self._arena.shard_view(slot)
         view.release()
-        meta: TensorMeta | BundleMeta = _meta_decoder.decode(raw)
-        return meta
+        return _meta_decoder.decode(raw)
+
+    def close(self, slot: int) -> bool:
+        """Close a pinned shard that is not counted; False if another did."""
+        return _close(self._arena, slot)
 
     def _sizes(self, name: bytes) -> tuple[int, int]:
         slot = self._arena.pin_shard(name)
         if slot < 0:
             return 0, 0
         try:
-            return self._left(slot, self._meta(slot))
+            return self._left(slot, self.meta(slot))
         finally:
             self._arena.unpin(slot)
 
-    def _left(self, slot: int, meta: TensorMeta | BundleMeta) -> tuple[int, int]:
-        if isinstance(meta, TensorMeta):
+    def _left(self, slot: int, meta: Meta) -> tuple[int, int]:
+        if isinstance(meta, TensorMeta | GpuMeta):
             return 1, meta.nbytes
+        if isinstance(meta, GpuHold):
+            return 0, 0
         left = [p for p in range(meta.parts) if self._arena.shard_bit(slot, p)]
         return len(left), sum(meta.part_bytes(p) for p in left)
 
     def _remove(self, slot: int) -> bool:
         """Close a pinned shard; False if another did."""
-        tensors, nbytes = self._left(slot, self._meta(slot))
+        tensors, nbytes = self._left(slot, self.meta(slot))
         if not _close(self._arena, slot):
             return False
         self._account(-tensors, -nbytes)
@@ -278,6 +305,13 @@ def _meta_of(kept: Kept) -> bytes:
 
 def _name(shard_id: str) -> bytes:
     return shard_id.encode("utf-8", "surrogatepass")
+
+
+def _checked_name(shard_id: str) -> bytes:
+    name = _name(shard_id)
+    if not name or len(name) > MAX_NAME_BYTES or name[0] == 0:
+        raise ShardRejected("A shard id is 1 to 1024 bytes of text")
+    return name
 
 
 def _close(arena: Arena, slot: int) -> bool:
