@@ -4,7 +4,7 @@ One packet of a SEQPACKET socket is one message. A client sends a Request and ge
 tag: a PoolInfo to HELLO, a Region to everything else. Descriptors travel beside them (SCM_RIGHTS): the pool's
 with PoolInfo, a memfd of the bytes with the answer to READ, one from the client with WRITE.
 
-  HELLO    -                              the pool: where, how large, how it is imported
+  HELLO    generation: client's number    the pool: where, how large, how it is imported
   RESERVE  nbytes                         room, the caller's alone: offset, generation
   COMMIT   generation, id, dtype, shape   what was copied there is the shard `id` now
   ABORT    generation                     never mind
@@ -13,7 +13,12 @@ with PoolInfo, a memfd of the bytes with the answer to READ, one from the client
   READ     id                             its bytes, copied to the host
   WRITE    id, dtype, shape, nbytes       a shard out of host memory, for who cannot map the pool
   CLEAR    id                             remove it
-  BYE      -                              release what this connection holds (no answer)
+  BYE      -                              release what this client holds (no answer)
+  KEEP     generation, lease              after a new connection: this is still in use
+  SETTLE   -                              after the KEEPs: everything else of this client is not
+
+A client chooses a random number and says it in HELLO. What it holds is (process, number)'s: a new connection with
+the same number goes on where a broken one ended.
 
 Numbers are little-endian and unsigned. `version` is that of this page; a peer with another one is refused. Pure:
 no I/O, no clock.
@@ -44,6 +49,8 @@ READ: Final = 7
 WRITE: Final = 8
 CLEAR: Final = 9
 BYE: Final = 10
+KEEP: Final = 11
+SETTLE: Final = 12
 ANSWER: Final = 0x8000
 """Set in the `kind` of an answer."""
 
@@ -162,7 +169,7 @@ def unpack_request(packet: bytes) -> Request:
         raise Malformed("shorter than a request")
     fields = _REQUEST.unpack_from(packet)
     kind, tag, generation, lease, nbytes, code, ndim, id_len, _ = _checked(fields)[:9]
-    if kind not in range(HELLO, BYE + 1) or ndim > MAX_DIMS or len(packet) != _REQUEST.size + id_len:
+    if kind not in range(HELLO, SETTLE + 1) or ndim > MAX_DIMS or len(packet) != _REQUEST.size + id_len:
         raise Malformed("fields that do not fit each other")
     shape = fields[11 : 11 + ndim]
     return Request(kind, tag, generation, lease, nbytes, dtype_name(code), shape, packet[_REQUEST.size :])

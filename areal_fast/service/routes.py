@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from areal_fast.http import Exchange
     from areal_fast.service.chat import Chats
     from areal_fast.service.control import Control
+    from areal_fast.service.gpu import GpuShards
     from areal_fast.service.health import Health
     from areal_fast.service.log import Log
     from areal_fast.shards import ShardStore
+    from areal_fast.shards.store import Pieces
     from areal_fast.store import SessionStore
 
 Handler = Callable[["Exchange"], Awaitable[None] | None]
@@ -56,6 +58,7 @@ class Routes:
         dialect: messages.Dialect = "1.0",
         data_auth: bool = False,
         concat: bool = False,
+        gpu: GpuShards | None = None,
         more: Mapping[str, dict[str, Handler]] | None = None,
     ) -> None:
         self._store = store
@@ -65,6 +68,7 @@ class Routes:
         self._dialect: messages.Dialect = dialect
         self._data_auth = data_auth
         self._concat = concat
+        self._gpu = gpu
         self._table: dict[str, dict[str, Handler]] = {
             "/health": {"GET": health.serve},
             "/configure": {"POST": _configure},
@@ -85,6 +89,8 @@ class Routes:
         }
         shard: dict[str, Handler] = {"GET": self.get_shard, "PUT": self.put_shard}
         self._shard = shard
+        if gpu is not None:
+            self._table["/data/gpu"] = {**shard, "POST": gpu.offer}
         self._table["/data/batch"] = {**shard, "POST": self.batch}
         self._table["/data/clear"] = {**shard, "DELETE": self.clear}
 
@@ -233,21 +239,45 @@ class Routes:
 
         return self._at_once_or_later(attempt)
 
-    def get_shard(self, exchange: Exchange) -> None:
+    def get_shard(self, exchange: Exchange) -> Awaitable[None] | None:
         shard_id = exchange.path[6:]
+        if self._gpu is not None and self._gpu.has((shard_id,)):
+            return self._get_from_gpu(exchange, shard_id)
+        self._get_here(exchange, shard_id)
+        return None
+
+    async def _get_from_gpu(self, exchange: Exchange, shard_id: str) -> None:
+        assert self._gpu is not None
+        found = (await self._gpu.fetch((shard_id,))).get(shard_id)
+        if found is None:  # it moved meanwhile
+            self._get_here(exchange, shard_id)
+        else:
+            exchange.respond(200, b"".join(found), OCTETS)
+
+    def _get_here(self, exchange: Exchange, shard_id: str) -> None:
         found = None if "\0" in shard_id else self._shards.get_json(shard_id)
         if found is None:
             refuse_data(exchange, 404, f"Shard {shard_id} not found")
         else:
             exchange.respond(200, found, OCTETS)
 
-    def batch(self, exchange: Exchange) -> None:
+    def batch(self, exchange: Exchange) -> Awaitable[None] | None:
         shard_ids = _shard_ids(exchange)
         if shard_ids is None or not all(isinstance(shard_id, str) for shard_id in shard_ids):
             refuse_data(exchange, 400, NOT_A_STRING_LIST)
-            return
+            return None
+        if self._gpu is not None and self._gpu.has(shard_ids):
+            return self._batch_from_gpu(exchange, shard_ids)
+        self._batch_of(exchange, shard_ids, {})
+        return None
+
+    async def _batch_from_gpu(self, exchange: Exchange, shard_ids: list[str]) -> None:
+        assert self._gpu is not None
+        self._batch_of(exchange, shard_ids, await self._gpu.fetch(shard_ids))
+
+    def _batch_of(self, exchange: Exchange, shard_ids: list[str], fetched: Mapping[str, Pieces]) -> None:
         try:
-            exchange.respond(200, self._shards.batch_json(shard_ids), OCTETS)
+            exchange.respond(200, self._shards.batch_json(shard_ids, fetched), OCTETS)
         except ShardsNotFound as error:
             refuse_data(exchange, 400, str(error), missing_shard_ids=error.shard_ids)
 

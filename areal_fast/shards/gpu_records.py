@@ -23,11 +23,12 @@ PAGE: Final = 256
 
 
 class Holder(NamedTuple):
-    """A process: pid 0 if it is in a PID namespace that we cannot see into. `born`: its start time as /proc has it,
-    which tells it from a later process of the same pid."""
+    """One client in a process. pid 0: in a PID namespace that we cannot see into. born: the process's start time as
+    /proc has it, which tells it from a later one of the same pid. client: the number that the client chose."""
 
     pid: int
     born: int
+    client: int
 
 
 class GpuMeta(msgspec.Struct, array_like=True, tag_field="form", tag="gpu"):

@@ -22,6 +22,7 @@ A record of another pool of this GPU names memory that died with its keeper: `ad
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -123,7 +124,9 @@ class Ledger:
             raise ValueError(f"a tensor of {nbytes} bytes in a reservation of {block.nbytes}")
         kept = NARROW.get(dtype, "own")
         where = (self.gpu, self.pool, block.offset, nbytes, generation)
-        block.slot = self._store.put_elsewhere(shard_id, GpuMeta(*where, dtype, list(shape), kept))  # COMMIT POINT
+        block.slot = self._store.put_elsewhere(
+            shard_id, GpuMeta(*where, dtype, list(shape), kept)
+        )  # COMMIT POINT
         self._unhold(generation, 0)
         del self.reservations[generation]
         return block
@@ -140,7 +143,9 @@ class Ledger:
     def find(self, shard_id: str) -> GpuMeta | None:
         """The shard, if it is in this pool."""
         meta = self._records.find(shard_id)
-        return meta if meta is not None and meta.pool == self.pool and meta.generation in self.blocks else None
+        return (
+            meta if meta is not None and meta.pool == self.pool and meta.generation in self.blocks else None
+        )
 
     def lease(self, meta: GpuMeta, holder: Holder) -> int:
         """A lease on what `find` found just now. ArenaFull, IndexBusy."""
@@ -168,10 +173,21 @@ class Ledger:
         """Every process that reserves or leases something."""
         return {*self.reservations.values(), *(holder for _, holder in self.leases.values())}
 
-    def drop_holder(self, holder: Holder) -> int:
-        """Its process is dead for certain: nothing that it holds is read or written any more. How many holds."""
-        leases = [(lease, generation) for lease, (generation, who) in self.leases.items() if who == holder]
-        reserved = [generation for generation, who in self.reservations.items() if who == holder]
+    def holds(self, generation: int, lease: int, holder: Holder) -> bool:
+        """Whether this reservation (lease 0) or lease is the holder's."""
+        if lease:
+            return self.leases.get(lease) == (generation, holder)
+        return self.reservations.get(generation) == holder
+
+    def drop_holder(self, holder: Holder, but: Collection[tuple[int, int]] = ()) -> int:
+        """Nothing that it holds is read or written any more, except `but` (generation, lease): it said so, or its
+        process is dead for certain. How many holds that were."""
+        leases = [
+            (lease, generation)
+            for lease, (generation, who) in self.leases.items()
+            if who == holder and (generation, lease) not in but
+        ]
+        reserved = [g for g, who in self.reservations.items() if who == holder and (g, 0) not in but]
         for lease, generation in leases:
             self.release(lease, generation, holder)
         for generation in reserved:
@@ -244,5 +260,3 @@ class Ledger:
         else:
             self.reservations[hold.generation] = hold.holder
         return True
-
-

@@ -17,7 +17,7 @@ Runs on the loop's thread. Raises the arena's ArenaFull and IndexBusy as they co
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -112,14 +112,17 @@ class ShardStore:
         finally:
             self._close_all(opened)
 
-    def batch_json(self, shard_ids: Sequence[str]) -> bytes:
-        """A JSON list of the shards in order. ShardsNotFound names all that are missing."""
+    def batch_json(self, shard_ids: Sequence[str], elsewhere: Mapping[str, Pieces] | None = None) -> bytes:
+        """A JSON list of the shards in order. `elsewhere`: the JSON of those that were fetched from a GPU.
+        ShardsNotFound names all that are missing."""
         opened: dict[bytes, tuple[int, Bundle]] = {}
         out: list[bytes] = [b"["]
         missing: list[str] = []
         try:
             for shard_id in shard_ids:
-                found = self._get(shard_id, opened)
+                found = elsewhere.get(shard_id) if elsewhere else None
+                if found is None:
+                    found = self._get(shard_id, opened)
                 if found is None:
                     missing.append(shard_id)
                 elif not missing:

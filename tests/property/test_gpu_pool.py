@@ -16,7 +16,7 @@ from areal_fast.shards.gpu_records import Holder
 from areal_fast.shards.ledger import Ledger, NotHeld, PoolFull
 
 GPU, POOL = b"G" * 16, b"P" * 16
-A, B = Holder(100, 1), Holder(200, 2)
+A, B = Holder(100, 1, 7), Holder(200, 2, 7)
 KIB = 1024
 
 
