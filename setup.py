@@ -1,6 +1,6 @@
-"""Builds two extensions: the Cython edge with the whole C core in a single shared object, and the device pool's
-edge over csrc/cuda.c, which only the keeper and its clients import. Each exports nothing but its module init.
-Everything else about the package is in pyproject.toml.
+"""Builds two extensions: the Cython edge with the whole C core in a single shared object, and the device
+pool's edge over csrc/cuda.c, which only the keeper and its clients import. Each exports nothing but its
+module init. Everything else about the package is in pyproject.toml.
 
 Environment, read at build time only:
   AREAL_FAST_SANITIZE=address|undefined|thread   an instrumented build (run under the matching LD_PRELOAD)

@@ -1,8 +1,8 @@
 """The CUDA driver as the keeper and its clients see it: a device by number, one pool on it, finished copies.
 
-Importing opens nothing. Every failure of the driver is a CudaError with the driver's own name for it; sizes and
-offsets outside the pool are BadArgument. Addresses are device addresses as integers, streams are CUDA's stream
-handles as integers (0: the legacy default stream), sizes and offsets are bytes.
+Importing opens nothing. Every failure of the driver is a CudaError with the driver's own name for it; sizes
+and offsets outside the pool are BadArgument. Addresses are device addresses as integers, streams are CUDA's
+stream handles as integers (0: the legacy default stream), sizes and offsets are bytes.
 """
 
 from typing import Never, final
@@ -17,7 +17,8 @@ OWN_STREAM: int
 """As `stream`: one of ours, which waits for nothing that the caller has queued."""
 
 class CudaError(Exception):
-    """A call of the driver failed, or there is none. str() says which and why; `code` is its CUresult, or negative."""
+    """A call of the driver failed, or there is none. str() says which and why; `code` is its CUresult, or
+    negative."""
 
     code: int
     def __init__(self, message: str, code: int) -> None: ...
@@ -41,7 +42,8 @@ class Driver:
 
     def name(self, ordinal: int) -> str: ...
     def open(self, ordinal: int) -> Device:
-        """Retain the device's primary context (about 0.3 to 0.5 GB of device memory if this process has none)."""
+        """Retain the device's primary context (about 0.3 to 0.5 GB of device memory if this process has
+        none)."""
 
 @final
 class Device:

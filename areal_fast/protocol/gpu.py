@@ -17,11 +17,11 @@ with PoolInfo, a memfd of the bytes with the answer to READ, one from the client
   KEEP     generation, lease              after a new connection: this is still in use
   SETTLE   -                              after the KEEPs: everything else of this client is not
 
-A client chooses a random number and says it in HELLO. What it holds is (process, number)'s: a new connection with
-the same number goes on where a broken one ended.
+A client chooses a random number and says it in HELLO. What it holds is (process, number)'s: a new
+connection with the same number goes on where a broken one ended.
 
-Numbers are little-endian and unsigned. `version` is that of this page; a peer with another one is refused. Pure:
-no I/O, no clock.
+Numbers are little-endian and unsigned. `version` is that of this page; a peer with another one is refused.
+Pure: no I/O, no clock.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ BUSY: Final = 6
 DTYPES: Final = (
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8",
     "uint64", "uint32", "uint16", "uint8", "bool", "complex32", "complex64", "complex128",
-    "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2",
+    "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
+    "float4_e2m1fn_x2",
 )  # fmt: skip
 """A dtype's code is its place here plus one: never reorder, only append. 0 is none."""
 
@@ -115,8 +116,8 @@ class Region(NamedTuple):
 
 
 class PoolInfo(NamedTuple):
-    """`way`: 1, import the descriptor that came along; 2, open the handle. gpu: the device's UUID. pool: this pool's
-    own random id, another one if it had to be made anew."""
+    """`way`: 1, import the descriptor that came along; 2, open the handle. gpu: the device's UUID. pool:
+    this pool's own random id, another one if it had to be made anew."""
 
     tag: int
     status: int

@@ -1,11 +1,12 @@
 """A worker's part in GPU shards: offering the keeper to who asks, and reading its shards for who has no GPU.
 
-Workers open no device. POST /data/gpu asks the supervisor for a keeper and answers with its socket's name; GET
-/data/{id} and POST /data/batch of a shard on a GPU ask the keeper for a copy in host memory (a sealed memfd) and
-send that. The loop never waits: one connection a keeper, one request at a time on it, the reply by add_reader.
+Workers open no device. POST /data/gpu asks the supervisor for a keeper and answers with its socket's name;
+GET /data/{id} and POST /data/batch of a shard on a GPU ask the keeper for a copy in host memory (a sealed
+memfd) and send that. The loop never waits: one connection a keeper, one request at a time on it, the reply
+by add_reader.
 
-A keeper that dies meanwhile has a successor under the same name within seconds; the request is sent again until
-PATIENCE_S are over, then the client hears 503.
+A keeper that dies meanwhile has a successor under the same name within seconds; the request is sent again
+until PATIENCE_S are over, then the client hears 503.
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ class Line:
                     self.close()
                     if time.monotonic() + RETRY_S >= until or isinstance(error, Malformed):
                         raise KeeperAway(NO_ANSWER) from None
+                except BaseException:
+                    self.close()  # the answer may still come, to nobody
+                    raise
                 else:
                     if region.status != wire.BUSY or time.monotonic() + RETRY_S >= until:
                         return region, fd
@@ -135,8 +139,8 @@ class GpuShards:
 
     # -- offering --------------------------------------------------------------------------------------
     async def offer(self, exchange: Exchange) -> None:
-        """POST /data/gpu {"gpu": UUID, optional} → {"gpu", "socket", "pool_bytes"}: where this host's processes
-        reach the keeper (an abstract Unix socket, SEQPACKET). 503 and why where there is none."""
+        """POST /data/gpu {"gpu": UUID, optional} → {"gpu", "socket", "pool_bytes"}: where this host's
+        processes reach the keeper (an abstract Unix socket, SEQPACKET). 503 and why where there is none."""
         try:
             body = msgspec.json.decode(exchange.body) if exchange.body else {}
             asked = body.get("gpu") or ""

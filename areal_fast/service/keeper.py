@@ -1,21 +1,26 @@
-"""The keeper: the only process with a CUDA context. It owns one GPU's pool and says who may use which bytes of it.
+"""The keeper: the only process with a CUDA context. It owns one GPU's pool and says who may use which bytes
+of it.
 
-Started by the supervisor when the first GPU shard is offered. Producers copy into the pool, consumers copy out of
-it or read in place; the keeper itself copies only between the pool and the host, for readers without a GPU. What
-the pool holds stands in the arena (shards/ledger.py), so a keeper may be killed between any two instructions:
+Started by the supervisor when the first GPU shard is offered. Producers copy into the pool, consumers copy
+out of it or read in place; the keeper itself copies only between the pool and the host, for readers without
+a GPU. What the pool holds stands in the arena (shards/ledger.py), so a keeper may be killed between any two
+instructions:
 
-* The pool of a device that exports descriptors outlives its keeper: the descriptor waits in the pocket, a socket
-  pair that the supervisor keeps and never reads. A successor peeks at it, maps the same memory, and adopts every
-  shard, reservation and lease. Otherwise the pool is new, the old shards are gone, and a log line says how many.
+* The pool of a device that exports descriptors outlives its keeper: the descriptor waits in the pocket, a
+  socket pair that the supervisor keeps and never reads. A successor peeks at it, maps the same memory, and
+  adopts every shard, reservation and lease. Otherwise the pool is new, the old shards are gone, and a log
+  line says how many.
 * Clients find the successor under the same socket name: the listening socket is the supervisor's.
-* What a client holds is its process's. It goes when that process is dead for certain (its /proc entry has ended,
-  not merely its connection): until then a copy of its may still be running. One in a PID namespace that cannot
-  be seen from here gets QUARANTINE_S after its connection has ended.
-* A driver error that stays (a context that is lost) ends this process; the next one begins with a new context.
+* What a client holds is its process's. It goes when that process is dead for certain (its /proc entry has
+  ended, not merely its connection): until then a copy of its may still be running. One in a PID namespace
+  that cannot be seen from here gets QUARANTINE_S after its connection has ended.
+* A driver error that stays (a context that is lost) ends this process; the next one begins with a new
+  context.
 
-One thread: a poll loop over the control line, the listener, and the clients. It answers one request of a client
-before it reads the next, so nothing is queued for who does not read. Only the user's own processes (SO_PEERCRED)
-are served. It must not touch sessions, and it believes nothing that a client says about sizes.
+One thread: a poll loop over the control line, the listener, and the clients. It answers one request of a
+client before it reads the next, so nothing is queued for who does not read. Only the user's own processes
+(SO_PEERCRED) are served. It must not touch sessions, and it believes nothing that a client says about
+sizes.
 """
 
 from __future__ import annotations
@@ -48,7 +53,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 QUARANTINE_S: Final = 60.0
-"""Before what a process holds that cannot be seen in /proc is taken back, counted from its connection's end."""
+"""Before what a process holds that cannot be seen in /proc is taken back, counted from its connection's
+end."""
 RECLAIM_S: Final = 5.0
 BUSY_S: Final = 1.0
 """How long a request waits for the arena's index before its client is told to come again."""
@@ -142,7 +148,8 @@ def born(pid: int) -> int:
 
 
 class Client:
-    """One connection. `holder` has its client's number from HELLO on. `kept`: (generation, lease) of its KEEPs."""
+    """One connection. `holder` has its client's number from HELLO on. `kept`: (generation, lease) of its
+    KEEPs."""
 
     def __init__(self, sock: socket.socket, holder: Holder) -> None:
         self.sock = sock
@@ -372,9 +379,9 @@ class Keeper:
             self._check_driver(info.text)
 
     def _keep(self, client: Client, request: Request, fds: list[int]) -> Region:
-        client.kept.add((request.generation, request.lease))
         if not self._ledger.holds(request.generation, request.lease, client.holder):
             return Region(request.kind, request.tag, wire.STALE, "no such hold")
+        client.kept.add((request.generation, request.lease))
         return self._region(request)
 
     def _settle(self, client: Client, request: Request, fds: list[int]) -> Region:
@@ -382,17 +389,19 @@ class Keeper:
         client.kept.clear()
         return self._region(request)
 
-    def _region(self, request: Request, meta: GpuMeta | None = None, **more: int) -> Region:
+    def _region(self, request: Request, meta: GpuMeta | None = None, lease: int = 0) -> Region:
+        """OK to a request; with `meta`, where that shard is."""
         base = Region(request.kind, request.tag, gpu=self._device.uuid, pool=self._ledger.pool)
-        if meta is not None:
-            base = base._replace(
-                offset=meta.offset,
-                nbytes=meta.nbytes,
-                generation=meta.generation,
-                dtype=meta.dtype,
-                shape=tuple(meta.shape),
-            )
-        return base._replace(**more)
+        if meta is None:
+            return base
+        return base._replace(
+            offset=meta.offset,
+            nbytes=meta.nbytes,
+            generation=meta.generation,
+            lease=lease,
+            dtype=meta.dtype,
+            shape=tuple(meta.shape),
+        )
 
     def _reserve(self, client: Client, request: Request, fds: list[int]) -> Region:
         try:
@@ -401,13 +410,13 @@ class Keeper:
             self._bury()
             generation = self._ledger.reserve(request.nbytes, client.holder)
         offset = self._ledger.blocks[generation].offset
-        return self._region(request, offset=offset, nbytes=request.nbytes, generation=generation)
+        return self._region(request)._replace(offset=offset, nbytes=request.nbytes, generation=generation)
 
     def _commit(self, client: Client, request: Request, fds: list[int]) -> Region:
         self._ledger.commit(
             request.generation, client.holder, _text(request.shard_id), request.dtype, request.shape
         )
-        return self._region(request, generation=request.generation)
+        return self._region(request)._replace(generation=request.generation)
 
     def _abort(self, client: Client, request: Request, fds: list[int]) -> Region:
         self._ledger.abort(request.generation, client.holder)
@@ -435,8 +444,8 @@ class Keeper:
 
     # -- copies between pool and host ------------------------------------------------------------------
     def _read_out(self, request: Request) -> tuple[Region, int]:
-        """The shard's bytes in a sealed memfd, the caller's to close. Nothing can take the extent away meanwhile:
-        only this thread gives extents back."""
+        """The shard's bytes in a sealed memfd, the caller's to close. Nothing can take the extent away
+        meanwhile: only this thread gives extents back."""
         meta = self._find(request)
         if meta is None:
             return _missing(request), -1
@@ -476,7 +485,7 @@ class Keeper:
         except BaseException:
             self._ledger.abort(generation, client.holder)
             raise
-        return self._region(request, generation=generation)
+        return self._region(request)._replace(generation=generation)
 
 
 def _missing(request: Request) -> Region:

@@ -1,13 +1,15 @@
 """The supervisor's part in GPU shards: a keeper a GPU, started when a worker says that one is wanted.
 
 A worker asks {"is": "keeper", "token": n, "gpu": UUID or ""} over its control line and hears {"do": "keeper",
-"token": n, "gpu": …, "socket": …, "pool_bytes": …, "why": …}: a socket name, or why there is none. All workers are
-told of every keeper ({"do": "keepers", "keepers": {gpu: socket}}), so that they can read its shards.
+"token": n, "gpu": …, "socket": …, "pool_bytes": …, "why": …}: a socket name, or why there is none. All
+workers are told of every keeper ({"do": "keepers", "keepers": {gpu: socket}}), so that they can read its
+shards.
 
-A Post is what outlives a keeper: the listening socket that its clients know by name, and the pocket, a socket pair
-with the pool's descriptor in flight, which nobody takes out (see keeper.py). Keepers start one after another, so two
-names of one GPU never get two. One that cannot start (no driver, no such GPU, no memory) is no reason to stop the
-proxy: it is one log line, and the answer until RETRY_S later somebody asks again.
+A Post is what outlives a keeper: the listening socket that its clients know by name, and the pocket, a
+socket pair with the pool's descriptor in flight, which nobody takes out (see keeper.py). Keepers start one
+after another, so two names of one GPU never get two. One that cannot start (no driver, no such GPU, no
+memory) is no reason to stop the proxy: it is one log line, and the answer until RETRY_S later somebody asks
+again.
 """
 
 from __future__ import annotations
@@ -165,7 +167,8 @@ class Keepers:
         self._asks = deque(ask for ask in self._asks if ask.process is not process)
 
     def gave_up(self, role: Role, why: str) -> bool:
-        """A keeper died that had never been ready or cannot stay up. True: it is not to be started again now."""
+        """A keeper died that had never been ready or cannot stay up. True: it is not to be started again
+        now."""
         post = self._post(role)
         if post.gpu:
             role.restarts.bad_runs = 0  # shards may be in its pool: go on trying, at the longest interval

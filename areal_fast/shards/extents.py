@@ -1,8 +1,9 @@
 """Which bytes of a pool are free: a best-fit allocator over sorted extents, pure and small.
 
-Invariants (checked by the property tests against a byte map): free extents are disjoint, sorted, never empty and
-never touch each other, so a freed neighbour is always merged; every offset and length is a multiple of ALIGNMENT.
-Taking is O(free extents), which fragmentation keeps in the hundreds; giving back is O(log) and a list insert.
+Invariants (checked by the property tests against a byte map): free extents are disjoint, sorted, never
+empty and never touch each other, so a freed neighbour is always merged; every offset and length is a
+multiple of ALIGNMENT. Taking is O(free extents), which fragmentation keeps in the hundreds; giving back is
+O(log) and a list insert.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""A client of the keeper: puts tensors of device memory into its pool, takes them out, or reads them in place.
+"""A client of the keeper: puts tensors of device memory into its pool, takes them out, or reads them in
+place.
 
-For processes of the same host that have the GPU: the keeper's socket name comes from POST /data/gpu. The pool is
-mapped once a process, whatever number of clients it has. The device is found by UUID, so CUDA_VISIBLE_DEVICES may
-order it as it likes. Pointers and streams are integers; torch is not imported (gpu_torch.py does that).
+For processes of the same host that have the GPU: the keeper's socket name comes from POST /data/gpu. The
+pool is mapped once a process, whatever number of clients it has. The device is found by UUID, so
+CUDA_VISIBLE_DEVICES may order it as it likes. Pointers and streams are integers; torch is not imported
+(gpu_torch.py does that).
 
     with GpuClient.connect(name) as client:
         client.put("id", tensor.data_ptr(), "bfloat16", (2, 3), stream)
@@ -11,12 +13,12 @@ order it as it likes. Pointers and streams are integers; torch is not imported (
             use(lease.pointer, lease.dtype, lease.shape)
         assert lease.valid
 
-Copies are finished when put and get_into return: put tells the keeper only then, and get_into releases its lease
-only then. A lease says at its release whether what was read was valid all the time.
+Copies are finished when put and get_into return: put tells the keeper only then, and get_into releases its
+lease only then. A lease says at its release whether what was read was valid all the time.
 
-A keeper that dies is replaced within seconds. The client then connects anew and says what it still holds; where
-the pool survived, nothing else happens. Where it did not, reservations and leases are stale: put and get_into start
-again by themselves, a mapped lease turns out invalid.
+A keeper that dies is replaced within seconds. The client then connects anew and says what it still holds;
+where the pool survived, nothing else happens. Where it did not, reservations and leases are stale: put and
+get_into start again by themselves, a mapped lease turns out invalid.
 
 Any thread; one request at a time, copies side by side. Not after a fork: make a new client there.
 """
@@ -29,6 +31,7 @@ import mmap
 import os
 import secrets
 import socket
+import struct
 import threading
 import time
 import weakref
@@ -166,8 +169,9 @@ class GpuClient:
     def connect(
         cls, name: str, library: str = CUDA_LIBRARY, *, patience_s: float = PATIENCE_S, device: bool = True
     ) -> Self:
-        """A client of the keeper at the socket `name`. With `device` the pool is mapped now: CudaError if this process
-        cannot (then only `read`, `write` and `clear` are of use: say device=False). KeeperGone."""
+        """A client of the keeper at the socket `name`. With `device` the pool is mapped now: CudaError if
+        this process cannot (then only `read`, `write` and `clear` are of use: say device=False).
+        KeeperGone."""
         client = cls(name, library, patience_s)
         try:
             if device:
@@ -218,8 +222,8 @@ class GpuClient:
 
     # -- shards ----------------------------------------------------------------------------------------
     def put(self, shard_id: str, pointer: int, dtype: str, shape: tuple[int, ...], stream: int = 0) -> None:
-        """Publish the contiguous tensor at `pointer`, after what is queued on `stream`; replaces any shard of this
-        id. GpuPoolFull, GpuShardError, CudaError."""
+        """Publish the contiguous tensor at `pointer`, after what is queued on `stream`; replaces any shard
+        of this id. GpuPoolFull, GpuShardError, CudaError."""
         nbytes = wire.tensor_bytes(dtype, shape)
         for _ in range(TRIES):
             region = self._ask(Request(wire.RESERVE, 0, nbytes=nbytes), hold=True)
@@ -242,8 +246,8 @@ class GpuClient:
         raise GpuShardStale("the pool goes away again and again")
 
     def get_into(self, shard_id: str, pointer: int, nbytes: int, stream: int = 0) -> Shard:
-        """Copy the shard to `pointer`, where there is room for `nbytes`. GpuShardNotFound; GpuShardError if it is
-        larger; CudaError."""
+        """Copy the shard to `pointer`, where there is room for `nbytes`. GpuShardNotFound; GpuShardError if
+        it is larger; CudaError."""
         for _ in range(TRIES):
             lease = self.map(shard_id)
             try:
@@ -342,8 +346,8 @@ class GpuClient:
 
     # -- asking ----------------------------------------------------------------------------------------
     def _ask(self, request: Request, *, hold: bool = False, fds: list[int] | None = None) -> Region:
-        """One request and its answer. `hold`: what it gives is held from now on. GpuShardError of the answer's
-        kind; KeeperGone after the client's patience."""
+        """One request and its answer. `hold`: what it gives is held from now on. GpuShardError of the
+        answer's kind; KeeperGone after the client's patience."""
         region, got = self._exchange(request, fds or [], hold)
         for fd in got:
             os.close(fd)
@@ -392,7 +396,7 @@ class GpuClient:
             raise KeeperGone("the client is closed")
         while self._sock is None:
             try:
-                self._connect(until)
+                self._connect()
             except OSError as error:
                 self._hang_up()
                 if isinstance(error, ConnectionRefusedError) or time.monotonic() + RETRY_S > until:
@@ -402,10 +406,15 @@ class GpuClient:
                 self._hang_up()
                 raise KeeperGone(str(error)) from None
 
-    def _connect(self, until: float) -> None:
+    def _connect(self) -> None:
         """A connection over which the keeper knows us and what we hold."""
         sock = self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        sock.settimeout(max(0.1, until - time.monotonic()))
+        patience = struct.pack("ll", max(1, int(self._patience_s)), 0)
+        for side in (
+            socket.SO_RCVTIMEO,
+            socket.SO_SNDTIMEO,
+        ):  # the kernel's: a settimeout costs a poll a call
+            sock.setsockopt(socket.SOL_SOCKET, side, patience)
         sock.connect(self._address)
         info, fds = self._introduce()
         for fd in fds:

@@ -1,8 +1,8 @@
 """What the arena says of a GPU pool: one record for each shard in it, one for each piece that somebody holds.
 
-A GPU shard is an arena shard without data bytes whose meta is a GpuMeta. A GpuHold is an arena shard under a name
-that no id can be (it begins with a zero byte): a reservation that is being filled, or a lease that is being read.
-Together they are the pool's whole state: a keeper's own tables are rebuilt from them.
+A GPU shard is an arena shard without data bytes whose meta is a GpuMeta. A GpuHold is an arena shard under
+a name that no id can be (it begins with a zero byte): a reservation that is being filled, or a lease that
+is being read. Together they are the pool's whole state: a keeper's own tables are rebuilt from them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ PAGE: Final = 256
 
 
 class Holder(NamedTuple):
-    """One client in a process. pid 0: in a PID namespace that we cannot see into. born: the process's start time as
-    /proc has it, which tells it from a later one of the same pid. client: the number that the client chose."""
+    """One client in a process. pid 0: in a PID namespace that we cannot see into. born: the process's start
+    time as /proc has it, which tells it from a later one of the same pid. client: the number that the
+    client chose."""
 
     pid: int
     born: int

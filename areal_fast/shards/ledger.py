@@ -1,21 +1,23 @@
 """Who has which bytes of one GPU's pool: the keeper's book-keeping, without a driver, a socket or a clock.
 
-Theory. Truth is in the arena (gpu_records.py); this is a table over it that can be rebuilt at any time, so a keeper
-may be killed between any two lines:
+Theory. Truth is in the arena (gpu_records.py); this is a table over it that can be rebuilt at any time, so
+a keeper may be killed between any two lines:
 
-  RESERVE   the extent is taken here, then the hold is written. Killed between: nobody was told, nothing is held.
-  COMMIT    the shard's record is written (the commit point: from here it is found), then the hold goes. Killed
-            between: a shard and a hold of one generation; the successor keeps the shard.
+  RESERVE   the extent is taken here, then the hold is written. Killed between: nobody was told, nothing is
+            held.
+  COMMIT    the shard's record is written (the commit point: from here it is found), then the hold goes.
+            Killed between: a shard and a hold of one generation; the successor keeps the shard.
   LEASE     the hold is written before the answer, so a successor knows who may still be reading.
   RELEASE   the hold goes, then, if its shard is gone, the extent.
 
-A shard is removed by whoever removes its record (a worker's clear, the cleaner's expiry, a PUT of the same id);
-nobody has to tell the keeper. `reclaim` finds such extents by looking: when room is short, and now and then. An
-extent is free only if no record, no reservation and no lease names it.
+A shard is removed by whoever removes its record (a worker's clear, the cleaner's expiry, a PUT of the same
+id); nobody has to tell the keeper. `reclaim` finds such extents by looking: when room is short, and now and
+then. An extent is free only if no record, no reservation and no lease names it.
 
-Generations are `incarnation << 32 | n`: the incarnation is this keeper's in the arena's process table, so none is
-ever given twice, and a lease of one that is gone is known to be stale. A hold is its process's (Holder), not its
-connection's: after a keeper's death the same process may commit or release over a new connection.
+Generations are `incarnation << 32 | n`: the incarnation is this keeper's in the arena's process table, so
+none is ever given twice, and a lease of one that is gone is known to be stale. A hold is its process's
+(Holder), not its connection's: after a keeper's death the same process may commit or release over a new
+connection.
 
 A record of another pool of this GPU names memory that died with its keeper: `adopt` removes it and counts it.
 """
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from areal_fast.protocol.wire import Form
     from areal_fast.shards.store import ShardStore
 
+MAX_HOLDS: Final = 4096
 NARROW: Final[dict[str, Form]] = {"bfloat16": "bf16"}
 """How the store's other half calls a dtype that travels wider than it is kept."""
 
@@ -48,8 +51,8 @@ class NotHeld(Exception):
 
 @dataclass(slots=True)
 class Block:
-    """An extent in use. slot: of the shard's record, -1 while it is a reservation. gone: its shard was removed, and
-    it waits for its last lease."""
+    """An extent in use. slot: of the shard's record, -1 while it is a reservation. gone: its shard was
+    removed, and it waits for its last lease."""
 
     offset: int
     nbytes: int
@@ -60,7 +63,8 @@ class Block:
 
 @dataclass(slots=True)
 class Adopted:
-    """What `adopt` found. lost: shards of a pool that is no more; clashing: records that claimed taken bytes."""
+    """What `adopt` found. lost: shards of a pool that is no more; clashing: records that claimed taken
+    bytes."""
 
     shards: int = 0
     holds: int = 0
@@ -91,6 +95,7 @@ class Ledger:
     # -- producing ---------------------------------------------------------------------------------------
     def reserve(self, nbytes: int, holder: Holder) -> int:
         """Room for `nbytes`; its generation. PoolFull, ArenaFull, IndexBusy: nothing is reserved then."""
+        self._check_holds()
         offset = self.extents.take(nbytes)
         if offset is None:
             self.reclaim()
@@ -114,8 +119,8 @@ class Ledger:
     def commit(
         self, generation: int, holder: Holder, shard_id: str, dtype: str, shape: tuple[int, ...]
     ) -> Block:
-        """The reservation becomes the shard. NotHeld; Malformed, ShardRejected, ArenaFull, IndexBusy: it is still
-        reserved."""
+        """The reservation becomes the shard. NotHeld; Malformed, ShardRejected, ArenaFull, IndexBusy: it is
+        still reserved."""
         if self.reservations.get(generation) != holder:
             raise NotHeld("no such reservation: the keeper that gave it is gone, and so is its pool")
         block = self.blocks[generation]
@@ -148,7 +153,8 @@ class Ledger:
         )
 
     def lease(self, meta: GpuMeta, holder: Holder) -> int:
-        """A lease on what `find` found just now. ArenaFull, IndexBusy."""
+        """A lease on what `find` found just now. PoolFull, ArenaFull, IndexBusy."""
+        self._check_holds()
         lease = self._number()
         block = self.blocks[meta.generation]
         self._hold(block.offset, block.nbytes, meta.generation, lease, holder)
@@ -180,8 +186,8 @@ class Ledger:
         return self.reservations.get(generation) == holder
 
     def drop_holder(self, holder: Holder, but: Collection[tuple[int, int]] = ()) -> int:
-        """Nothing that it holds is read or written any more, except `but` (generation, lease): it said so, or its
-        process is dead for certain. How many holds that were."""
+        """Nothing that it holds is read or written any more, except `but` (generation, lease): it said so,
+        or its process is dead for certain. How many holds that were."""
         leases = [
             (lease, generation)
             for lease, (generation, who) in self.leases.items()
@@ -211,6 +217,11 @@ class Ledger:
         self.extents.give(block.offset, block.nbytes)
 
     # -- holds in the arena ------------------------------------------------------------------------------
+    def _check_holds(self) -> None:
+        """Each is a granule and a shard slot of the arena, which sessions need too."""
+        if len(self.reservations) + len(self.leases) >= MAX_HOLDS:
+            raise PoolFull(f"{MAX_HOLDS} reservations and leases are held already")
+
     def _hold(self, offset: int, nbytes: int, generation: int, lease: int, holder: Holder) -> None:
         hold = GpuHold(self.gpu, self.pool, offset, nbytes, generation, lease, holder)
         self._records.put_hold(hold)

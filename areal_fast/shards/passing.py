@@ -1,7 +1,8 @@
 """Messages with file descriptors over a Unix socket (SCM_RIGHTS), flags included.
 
-socket.send_fds and recv_fds of the standard library take flags and drop them (CPython 3.11, 3.12): a MSG_PEEK would
-take the message, a MSG_DONTWAIT would wait. Received descriptors are close-on-exec and the caller's to close.
+socket.send_fds and recv_fds of the standard library take flags and drop them (CPython 3.11, 3.12): a
+MSG_PEEK would take the message, a MSG_DONTWAIT would wait. Received descriptors are close-on-exec and the
+caller's to close.
 """
 
 from __future__ import annotations

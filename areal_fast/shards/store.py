@@ -8,8 +8,8 @@ so a reader sees the old tensor or the new one.
 `num_tensors` and `total_bytes` (the answer of clear) are two words of the arena, kept beside the shards: a
 process killed between the two, or two puts of one id at the same moment, leave them a little off.
 
-A shard may also live elsewhere (gpu_records.py): then its record here has no data bytes, and it is nobody's to
-fetch through this class, but it is counted, replaced, cleared and expired like any other.
+A shard may also live elsewhere (gpu_records.py): then its record here has no data bytes, and it is nobody's
+to fetch through this class, but it is counted, replaced, cleared and expired like any other.
 
 Runs on the loop's thread. Raises the arena's ArenaFull and IndexBusy as they come.
 """
@@ -73,8 +73,8 @@ class ShardStore:
         self._replaced(shard_id, replaced, kept.nbytes)
 
     def put_elsewhere(self, shard_id: str, meta: GpuMeta) -> int:
-        """Store the record of a shard whose bytes are on a GPU, replacing any other shard of this id; its slot.
-        ShardRejected, ArenaFull, IndexBusy."""
+        """Store the record of a shard whose bytes are on a GPU, replacing any other shard of this id; its
+        slot. ShardRejected, ArenaFull, IndexBusy."""
         name = _checked_name(shard_id)
         replaced = self._sizes(name)
         slot = self._arena.shard_put(name, _encode(meta), ())

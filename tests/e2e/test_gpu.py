@@ -1,4 +1,5 @@
-"""GPU shards in a whole proxy, on the fake driver: offered, put, read by everybody, and every process killed."""
+"""GPU shards in a whole proxy, on the fake driver: offered, put, read by everybody, and every process
+killed."""
 
 from __future__ import annotations
 

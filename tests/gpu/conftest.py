@@ -1,8 +1,8 @@
 """The GPU suite's drivers: each test runs on the fake one, and on the real one where there is a GPU.
 
-The real driver is libcuda.so.1, or AREAL_FAST_LIBCUDA. Without it, or without a device, its half is skipped with
-the driver's own reason. The fake lets tests look at device memory through its pointers; `Board` does that by copies
-instead, so that the same test runs on both.
+The real driver is libcuda.so.1, or AREAL_FAST_LIBCUDA. Without it, or without a device, its half is skipped
+with the driver's own reason. The fake lets tests look at device memory through its pointers; `Board` does
+that by copies instead, so that the same test runs on both.
 """
 
 from __future__ import annotations

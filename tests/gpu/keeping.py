@@ -1,7 +1,7 @@
 """A keeper for tests: the real process, as the supervisor starts it, over an arena of the test's own.
 
-`Keeping` plays the supervisor's part (post, control line, sweep after death) and lets the test decide when. Its
-`producer` and `consumer` are other processes, so that they can be killed at any line.
+`Keeping` plays the supervisor's part (post, control line, sweep after death) and lets the test decide when.
+Its `producer` and `consumer` are other processes, so that they can be killed at any line.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def allocated(device: Device, nbytes: int) -> Iterator[int]:
 
 
 def test_a_missing_driver_is_said_by_name() -> None:
-    with pytest.raises(CudaError, match="libcuda-of-nobody.so"):
+    with pytest.raises(CudaError, match=r"libcuda-of-nobody\.so"):
         Driver("libcuda-of-nobody.so")
 
 
@@ -240,8 +240,8 @@ def _descriptors() -> int:
 
 @pytest.mark.parametrize("kind", [KIND_FD, KIND_HANDLE])
 def test_every_call_may_fail(kind: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """In a process of its own, so that the fake maps this test's state. Nothing leaks but what a failing call of
-    giving back could not give back."""
+    """In a process of its own, so that the fake maps this test's state. Nothing leaks but what a failing
+    call of giving back could not give back."""
     state = fakecuda.State(tmp_path_factory.mktemp("fake") / "state")
     program = f"from tests.gpu import test_driver as t; t.fail_each({kind}, {str(state.path)!r})"
     run = subprocess.run(

@@ -274,7 +274,7 @@ def test_a_client_cannot_be_used_after_a_fork(keeping: Keeping) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
 
 
-# -- the fake driver's failures --------------------------------------------------------------------------------
+# -- the fake driver's failures ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -299,7 +299,8 @@ def _life(keeping: Keeping) -> None:
 
 @pytest.mark.slow
 def test_the_keepers_driver_fails_at_every_call(fake: Keeping, state: fakecuda.State) -> None:
-    """A start that fails says which call it was; a copy that fails is a clear error and leaves nothing held."""
+    """A start that fails says which call it was; a copy that fails is a clear error and leaves nothing
+    held."""
     fake.start()
     fake.gpu = wire.uuid_bytes(fake.hear("keeper")["gpu"])
     starting = state.calls
@@ -343,7 +344,8 @@ FALLS_BACK = (
 
 @pytest.mark.slow
 def test_the_keeper_is_killed_at_every_call(fake: Keeping, state: fakecuda.State) -> None:
-    """SIGKILL in the middle of any driver call: the successor has every published shard, and nothing leaks."""
+    """SIGKILL in the middle of any driver call: the successor has every published shard, and nothing
+    leaks."""
     fake.start()
     fake.gpu = wire.uuid_bytes(fake.hear("keeper")["gpu"])
     before = state.calls

@@ -1,7 +1,9 @@
-"""The pool's allocator against a byte map, and the ledger against a model, with keepers that die at any moment."""
+"""The pool's allocator against a byte map, and the ledger against a model, with keepers that die at any
+moment."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -245,6 +247,6 @@ def _run(keepers: Keepers, steps: list[tuple[str, int, Holder]]) -> None:
         owned = {*reserved, *shards.values(), *(generation for generation, _ in leased.values())}
         assert set(keepers.now.blocks) == owned
         spans = sorted((sizes[g][0], sizes[g][0] + Extents.length(sizes[g][1])) for g in owned)
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False)), "bytes with two owners"
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans)), "bytes with two owners"
         used = sum(end - start for start, end in spans)
         assert keepers.now.extents.free_bytes == keepers.now.extents.size - used
