@@ -24,16 +24,14 @@ import msgspec
 from areal_fast.errors import KeeperAway
 from areal_fast.protocol import gpu as wire
 from areal_fast.protocol.gpu import Malformed, Region, Request
-from areal_fast.protocol.wire import encode_parts
 from areal_fast.service.answers import refuse_data, respond_json
-from areal_fast.shards import passing
+from areal_fast.shards import json_codec, passing
 from areal_fast.shards.gpu_records import GpuRecords
 from areal_fast.shards.ledger import NARROW
 
 if TYPE_CHECKING:
     from areal_fast.http import Exchange
     from areal_fast.shards import ShardStore
-    from areal_fast.shards.store import Pieces
 
 START_S: Final = 90.0
 """A keeper's start may take so long: a context on a busy machine."""
@@ -176,9 +174,9 @@ class GpuShards:
         """Whether any of them is on a GPU. Costs nothing where no keeper ever was."""
         return bool(self._lines) and any(self._records.find(shard_id) is not None for shard_id in shard_ids)
 
-    async def fetch(self, shard_ids: Iterable[str]) -> dict[str, Pieces]:
+    async def fetch(self, shard_ids: Iterable[str]) -> dict[str, bytes]:
         """The JSON of those that are on a GPU. KeeperAway if one cannot be had now."""
-        fetched: dict[str, Pieces] = {}
+        fetched: dict[str, bytes] = {}
         for shard_id in shard_ids:
             meta = self._records.find(shard_id)
             if meta is None or shard_id in fetched:
@@ -194,13 +192,13 @@ class GpuShards:
         return fetched
 
 
-def _as_json(region: Region, fd: int) -> Pieces:
+def _as_json(region: Region, fd: int) -> bytes:
     """Takes over `fd`."""
     kept = NARROW.get(region.dtype, "own")
     try:
         if not region.nbytes:
-            return encode_parts(region.dtype, region.shape, b"", kept)
+            return json_codec.encode(region.dtype, region.shape, b"", kept)
         with mmap.mmap(fd, region.nbytes, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as view:
-            return encode_parts(region.dtype, region.shape, view, kept)
+            return json_codec.encode(region.dtype, region.shape, view, kept)
     finally:
         os.close(fd)

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from areal_fast.service.health import Health
     from areal_fast.service.log import Log
     from areal_fast.shards import ShardStore
-    from areal_fast.shards.store import Pieces
     from areal_fast.store import SessionStore
 
 Handler = Callable[["Exchange"], Awaitable[None] | None]
@@ -252,7 +251,7 @@ class Routes:
         if found is None:  # it moved meanwhile
             self._get_here(exchange, shard_id)
         else:
-            exchange.respond(200, b"".join(found), OCTETS)
+            exchange.respond(200, found, OCTETS)
 
     def _get_here(self, exchange: Exchange, shard_id: str) -> None:
         found = None if "\0" in shard_id else self._shards.get_json(shard_id)
@@ -275,7 +274,7 @@ class Routes:
         assert self._gpu is not None
         self._batch_of(exchange, shard_ids, await self._gpu.fetch(shard_ids))
 
-    def _batch_of(self, exchange: Exchange, shard_ids: list[str], fetched: Mapping[str, Pieces]) -> None:
+    def _batch_of(self, exchange: Exchange, shard_ids: list[str], fetched: Mapping[str, bytes]) -> None:
         try:
             exchange.respond(200, self._shards.batch_json(shard_ids, fetched), OCTETS)
         except ShardsNotFound as error:

@@ -112,7 +112,7 @@ class ShardStore:
         finally:
             self._close_all(opened)
 
-    def batch_json(self, shard_ids: Sequence[str], elsewhere: Mapping[str, Pieces] | None = None) -> bytes:
+    def batch_json(self, shard_ids: Sequence[str], elsewhere: Mapping[str, bytes] | None = None) -> bytes:
         """A JSON list of the shards in order. `elsewhere`: the JSON of those that were fetched from a GPU.
         ShardsNotFound names all that are missing."""
         opened: dict[bytes, tuple[int, Bundle]] = {}
