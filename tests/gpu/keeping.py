@@ -26,6 +26,11 @@ from areal_fast.shards.gpu_records import GpuHold, GpuMeta, GpuRecords
 from tests.e2e.running import wait_until
 
 POOL_BYTES = 8 << 20
+GIVING_BACK = (
+    "cuMemUnmap", "cuMemAddressFree", "cuMemRelease", "cuMemFree_v2", "cuStreamDestroy_v2",
+    "cuDevicePrimaryCtxRelease_v2", "cuIpcCloseMemHandle", "cuCtxPushCurrent_v2",
+)  # fmt: skip
+"""Calls that give something back (cuCtxPushCurrent_v2 comes before some of them): failures are not told."""
 WATCHDOG_S = 60.0
 
 

@@ -17,13 +17,10 @@ import pytest
 from areal_fast.core import BadArgument
 from areal_fast.core._cuda import KIND_FD, KIND_HANDLE, OWN_STREAM, CudaError, Device, Driver, Pool
 from tests import fakecuda
+from tests.gpu.keeping import GIVING_BACK
 
 MIB = 1 << 20
 PATTERN = bytes(range(251)) * 997
-GIVING_BACK = (
-    "cuMemUnmap", "cuMemAddressFree", "cuMemRelease", "cuMemFree_v2", "cuStreamDestroy_v2",
-    "cuDevicePrimaryCtxRelease_v2", "cuIpcCloseMemHandle", "cuCtxPushCurrent_v2",
-)  # fmt: skip
 
 
 @pytest.fixture

@@ -374,3 +374,48 @@ assert bytes(client.read("s")[1]) == {data!r}
 client.clear("s")
 client.close()
 """
+
+
+def test_a_clients_driver_fails_at_every_call(fake: Keeping, state: fakecuda.State) -> None:
+    """Whichever side's call it is: the client hears which one, holds nothing, and the next try succeeds."""
+    fake.start()
+    fake.gpu = wire.uuid_bytes(fake.hear("keeper")["gpu"])
+    child = fake.child(CLIENTS_CALLS)
+    assert child.stdout is not None
+    assert int(child.stdout.readline() or -1) > 25
+    assert end(child) == 0
+    fake.wait_no_holds()
+    assert fake.store.totals() == (1, 4096)
+
+
+CLIENTS_CALLS = """
+from pathlib import Path
+from areal_fast.core._cuda import CudaError, Driver
+from tests import fakecuda
+client.close()
+state = fakecuda.State(Path(os.environ["FAKECUDA_STATE"]))
+device = Driver(sys.argv[2]).open(0)
+source, target = device.alloc(4096), device.alloc(4096)
+def life():
+    with GpuClient.connect(sys.argv[1], sys.argv[2], patience_s=20) as client:
+        client.put("s", source, "uint8", (4096,))
+        client.get_into("s", target, 4096)
+        with client.map("s") as lease: pass
+        assert lease.valid
+before = state.calls
+life()
+total = state.calls - before
+for nth in range(1, total + 1):
+    state.fail(nth)
+    try:
+        life()
+        told = ""
+    except (CudaError, GpuShardError) as error:
+        told = str(error)
+    name = state.failed
+    assert name, nth
+    assert name.removesuffix("_v2") in told or told == "" and name in keeping.GIVING_BACK, (nth, name, told)
+    state.disarm()
+    life()
+say(total)
+"""
