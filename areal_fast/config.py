@@ -33,6 +33,7 @@ BYTE_TOKENIZER = "builtin:bytes"
 MIN_ARENA_BYTES = 16 << 20
 ARENA_SHARE = 0.05
 MAX_WORKERS = 24
+CUDA_LIBRARY = "libcuda.so.1"
 LOG_LEVELS = ("trace", "debug", "info", "warning", "error", "critical")
 
 
@@ -76,6 +77,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = 1
     arena_max_bytes: int = 256 << 20
     shard_ttl_s: float = 86400.0
+    gpu_pool_bytes: int = -1
+    """Device memory for GPU shards, taken when the first one is offered. -1: 2 % of the device's; 0: none."""
+    cuda_library: str = CUDA_LIBRARY
     data_auth: bool = False
     max_body_bytes: int = BODY_BYTES
     drain_s: float = 10.0
@@ -132,6 +136,11 @@ def _size(text: str) -> int:
     return value
 
 
+def _size_or_none(text: str) -> int:
+    """As _size, and 0."""
+    return 0 if text.strip() == "0" else _size(text)
+
+
 def _parser(prog: str) -> argparse.ArgumentParser:
     positive, non_negative, count = _number(float, 0, above=True), _number(float, 0), _number(int, 1)
     p = _Parser(
@@ -164,6 +173,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--workers", type=count, default=None, help="worker processes; default min(4, usable CPUs)")
     add("--arena-max-bytes", type=_size, default=None, help="shared memory limit; default 5%% of memory")
     add("--shard-ttl-seconds", type=non_negative, default=86400.0, help="0: shards never expire")
+    add(
+        "--gpu-pool-bytes",
+        type=_size_or_none,
+        default=-1,
+        help="for GPU shards; default 2%% of a GPU, 0: none",
+    )
     add("--data-auth", action="store_true", help="ask for the admin key on /data/*")
     add("--max-body-bytes", type=_size, default=None, help="largest request body; default twice the arena")
     add("--drain-seconds", type=non_negative, default=10.0, help="SIGTERM: time for requests in flight")
@@ -189,7 +204,8 @@ def parse(
         tokenizer = BYTE_TOKENIZER if embedded else ""
     _check_backend(backend, embedded=embedded)
     _check_callback(args.callback_server_addr)
-    _check_admin_key(args.host, args.admin_api_key, os.environ if environ is None else environ)
+    environment = os.environ if environ is None else environ
+    _check_admin_key(args.host, args.admin_api_key, environment)
     workers = int(args.workers or min(4, usable_cpus()))
     if workers > MAX_WORKERS:
         raise UsageError(f"argument --workers: at most {MAX_WORKERS}, not {workers}")
@@ -223,6 +239,8 @@ def parse(
         workers=workers,
         arena_max_bytes=arena,
         shard_ttl_s=args.shard_ttl_seconds,
+        gpu_pool_bytes=int(args.gpu_pool_bytes),
+        cuda_library=cuda_library(environment),
         data_auth=args.data_auth,
         max_body_bytes=args.max_body_bytes or min(2 * arena, BODY_BYTES),
         drain_s=args.drain_seconds,
@@ -230,6 +248,11 @@ def parse(
         start_timeout_s=args.start_timeout_seconds,
     )
     return settings, unknown
+
+
+def cuda_library(environ: Mapping[str, str] | None = None) -> str:
+    """The CUDA driver to open: AREAL_FAST_LIBCUDA (a path or name for dlopen), or the system's."""
+    return (os.environ if environ is None else environ).get("AREAL_FAST_LIBCUDA") or CUDA_LIBRARY
 
 
 def installed_dialect() -> str:

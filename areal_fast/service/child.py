@@ -46,6 +46,10 @@ class Boot(msgspec.Struct, kw_only=True):
     control_fd: int
     listen_fd: int = -1
     local_fd: int = -1
+    pocket_fds: tuple[int, ...] = ()
+    """A keeper's: where it puts its pool's descriptor, and where a successor finds it."""
+    gpu: str = ""
+    """A keeper's GPU as a UUID; "": the first there is."""
     supervisor_pid: int
     settings: Settings
 

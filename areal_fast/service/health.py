@@ -61,6 +61,7 @@ class Health:
                 "workers": board.get("workers", []),
                 "cleaner": board.get("cleaner"),
                 "engine": board.get("engine"),
+                **{name: row for name, row in board.items() if name.startswith("keeper-")},
                 "stuck": board.get("stuck", []),
                 "arena": self._store.arena.stats(),
                 "shard_file_bytes": self._store.arena.word(FILE_BYTES),

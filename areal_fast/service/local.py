@@ -22,7 +22,7 @@ import struct
 from typing import TYPE_CHECKING, Any, Final
 
 from areal_fast.core import ArenaFull, IndexBusy
-from areal_fast.errors import ShardRejected, ShardsNotFound
+from areal_fast.errors import KeeperAway, ShardRejected, ShardsNotFound
 from areal_fast.service.answers import ARENA_FULL, BUSY, when_free
 from areal_fast.shards import raw, sealed
 from areal_fast.shards.description import describe
@@ -32,6 +32,7 @@ from areal_fast.shards.store import FileMeta, checked_name
 
 if TYPE_CHECKING:
     from areal_fast.service.child import Child
+    from areal_fast.service.gpu import GpuShards
     from areal_fast.shards import ShardStore
     from areal_fast.shards.outgoing import Part
 
@@ -99,8 +100,11 @@ class Hold:
 class LocalServer:
     """See the top of the file. key: what a client must show first, "" for nothing."""
 
-    def __init__(self, me: Child, shards: ShardStore, listener: socket.socket, key: str) -> None:
+    def __init__(
+        self, me: Child, shards: ShardStore, gpu: GpuShards, listener: socket.socket, key: str
+    ) -> None:
         self._shards = shards
+        self._gpu = gpu
         self._listener = listener
         self._key = key
         self._log = me.log
@@ -196,6 +200,8 @@ class LocalServer:
             return {"ok": False, "status": 400, "message": str(error), "missing": error.shard_ids}
         if isinstance(error, Refusal):
             status = error.status
+        elif isinstance(error, KeeperAway):
+            status = 503
         elif isinstance(error, ShardRejected):
             status = 400
         elif isinstance(error, (ArenaFull, IndexBusy, OSError)):
@@ -234,7 +240,8 @@ class LocalServer:
 
     # -- out -------------------------------------------------------------------------------------------
     async def _map(self, ids: list[str]) -> tuple[dict[str, Any], list[SealedFile]]:
-        parts = self._shards.find(ids)
+        fetched = await self._gpu.fetch(ids) if self._gpu.has(ids) else None
+        parts = self._shards.find(ids, fetched)
         files: list[SealedFile] = []
         packed: list[tuple[int, Part]] = []
         shards: list[list[Any]] = []

@@ -221,9 +221,17 @@ class Process:
 
 
 def spawn(
-    role: Role, settings: Settings, tick: int, *, arena_fd: int, listen_fd: int, local_fd: int = -1
+    role: Role,
+    settings: Settings,
+    tick: int,
+    *,
+    arena_fd: int,
+    listen_fd: int,
+    local_fd: int = -1,
+    pocket_fds: tuple[int, ...] = (),
+    gpu: str = "",
 ) -> Process:
-    """fork+exec a worker or the cleaner, with exactly the descriptors it needs."""
+    """fork+exec a worker, the cleaner or a keeper, with exactly the descriptors it needs."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     boot_fd = os.memfd_create("areal_fast-boot", os.MFD_CLOEXEC)
     try:
@@ -235,12 +243,14 @@ def spawn(
             control_fd=theirs.fileno(),
             listen_fd=listen_fd,
             local_fd=local_fd,
+            pocket_fds=pocket_fds,
+            gpu=gpu,
             supervisor_pid=os.getpid(),
             settings=settings,
         )
         os.write(boot_fd, msgspec.json.encode(boot))
         os.lseek(boot_fd, 0, os.SEEK_SET)
-        fds = [fd for fd in (arena_fd, theirs.fileno(), boot_fd, listen_fd, local_fd) if fd >= 0]
+        fds = [fd for fd in (arena_fd, theirs.fileno(), boot_fd, listen_fd, local_fd, *pocket_fds) if fd >= 0]
         popen = _popen([*python_command(role.module), "--boot-fd", str(boot_fd)], fds)
     except BaseException:
         ours.close()

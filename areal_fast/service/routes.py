@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from areal_fast.http import Exchange
     from areal_fast.service.chat import Chats
     from areal_fast.service.control import Control
+    from areal_fast.service.gpu import GpuShards
     from areal_fast.service.health import Health
     from areal_fast.service.log import Log
     from areal_fast.shards import Outgoing, RawOutgoing, ShardStore
+    from areal_fast.shards.store import Elsewhere
     from areal_fast.store import SessionStore
 
 Handler = Callable[["Exchange"], Awaitable[None] | None]
@@ -66,6 +68,7 @@ class Routes:
         dialect: messages.Dialect = "1.0",
         data_auth: bool = False,
         concat: bool = False,
+        gpu: GpuShards | None = None,
         more: Mapping[str, dict[str, Handler]] | None = None,
     ) -> None:
         self._store = store
@@ -75,6 +78,7 @@ class Routes:
         self._dialect: messages.Dialect = dialect
         self._data_auth = data_auth
         self._concat = concat
+        self._gpu = gpu
         self._table: dict[str, dict[str, Handler]] = {
             "/health": {"GET": health.serve},
             "/configure": {"POST": _configure},
@@ -97,6 +101,8 @@ class Routes:
         self._shard = shard
         if "/data/ways" in self._table:
             self._table["/data/ways"] = {**shard, **self._table["/data/ways"]}
+        if gpu is not None:
+            self._table["/data/gpu"] = {**shard, "POST": gpu.offer}
         self._table["/data/batch"] = {**shard, "POST": self.batch}
         self._table["/data/clear"] = {**shard, "DELETE": self.clear}
 
@@ -275,13 +281,30 @@ class Routes:
 
     def get_shard(self, exchange: Exchange) -> Awaitable[None] | None:
         shard_id = exchange.path[6:]
+        if self._gpu is not None and self._gpu.has((shard_id,)):
+            return self._with_gpu(exchange, (shard_id,), lambda parts: self._get(exchange, shard_id, parts))
+        return self._get(exchange, shard_id, {})
+
+    async def _with_gpu(
+        self,
+        exchange: Exchange,
+        shard_ids: Sequence[str],
+        answer: Callable[[Elsewhere], Awaitable[None] | None],
+    ) -> None:
+        """`answer` with the parts that had to be fetched from a GPU. KeeperAway."""
+        assert self._gpu is not None
+        pending = answer(await self._gpu.fetch(shard_ids))
+        if pending is not None:
+            await pending
+
+    def _get(self, exchange: Exchange, shard_id: str, parts: Elsewhere) -> Awaitable[None] | None:
         if wants_raw(exchange.headers.get(b"accept")) and "\0" not in shard_id:
             try:
-                return _send(exchange, self._shards.raw([shard_id]), RAW)
+                return _send(exchange, self._shards.raw([shard_id], parts), RAW)
             except ShardsNotFound:
                 refuse_data(exchange, 404, f"Shard {shard_id} not found")
                 return None
-        found = None if "\0" in shard_id else self._shards.get_json(shard_id)
+        found = None if "\0" in shard_id else self._shards.get_json(shard_id, parts)
         if found is None:
             refuse_data(exchange, 404, f"Shard {shard_id} not found")
             return None
@@ -292,10 +315,15 @@ class Routes:
         if shard_ids is None or not all(isinstance(shard_id, str) for shard_id in shard_ids):
             refuse_data(exchange, 400, NOT_A_STRING_LIST)
             return None
+        if self._gpu is not None and self._gpu.has(shard_ids):
+            return self._with_gpu(exchange, shard_ids, lambda parts: self._batch(exchange, shard_ids, parts))
+        return self._batch(exchange, shard_ids, {})
+
+    def _batch(self, exchange: Exchange, shard_ids: list[str], parts: Elsewhere) -> Awaitable[None] | None:
         try:
             if wants_raw(exchange.headers.get(b"accept")):
-                return _send(exchange, self._shards.raw(shard_ids), RAW)
-            return _send(exchange, self._shards.batch_json(shard_ids))
+                return _send(exchange, self._shards.raw(shard_ids, parts), RAW)
+            return _send(exchange, self._shards.batch_json(shard_ids, parts))
         except ShardsNotFound as error:
             refuse_data(exchange, 400, str(error), missing_shard_ids=error.shard_ids)
             return None

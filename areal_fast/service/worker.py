@@ -37,6 +37,7 @@ from areal_fast.service.chat import Chats
 from areal_fast.service.child import HEARTBEAT_S, Child
 from areal_fast.service.control import Control, Engines, Shared
 from areal_fast.service.external import Externals
+from areal_fast.service.gpu import GpuShards
 from areal_fast.service.health import Health
 from areal_fast.service.local import LocalServer
 from areal_fast.service.log import RANKS, Log
@@ -93,6 +94,7 @@ class Worker:
         self.engines = Engines(settings, self.state, self.sums.watch)
         self.externals = Externals(me.log, settings.request_timeout_s, me.arena.count)
         self.shared = Shared(me.send, self._apply)
+        self.gpu = GpuShards(me.send, self.store.shards)
         keys = Keys(settings.admin_api_key)
         self.health = Health(self.store, self.state, self.engines, time.time())
         self.chats = Chats(
@@ -112,6 +114,7 @@ class Worker:
         self.local = LocalServer(
             me,
             self.store.shards,
+            self.gpu,
             socket.socket(fileno=me.boot.local_fd),
             settings.admin_api_key if settings.data_auth else "",
         )
@@ -138,6 +141,7 @@ class Worker:
             dialect=settings.areal_dialect,  # type: ignore[arg-type]
             data_auth=settings.data_auth,
             concat=settings.chat_template_type == "concat",
+            gpu=self.gpu,
             more={
                 **agents.table(),
                 "/metrics": {"GET": metrics.serve},
@@ -215,6 +219,8 @@ class Worker:
                 self._drain_until = time.monotonic() + message["seconds"]
                 if self._draining is None:
                     self._draining = asyncio.get_running_loop().create_task(self._drain())
+            elif what in ("keeper", "keepers"):
+                self.gpu.heard(message)
             else:
                 self.shared.heard(message)
 

@@ -10,6 +10,10 @@ so a reader sees the old tensor or the new one.
 process killed between the two, or two puts of one id at the same moment, leave them a little off. `recount`
 makes them exact again at the next quiet moment; the cleaner calls it.
 
+A shard may also be on a GPU (gpu_records.py): its record here has no data bytes and is no Part, but it is
+counted, replaced, cleared and expired like any other; a reply gets it from its keeper, as a file
+(`elsewhere`).
+
 Runs on the loop's thread. Raises the arena's ArenaFull and IndexBusy as they come.
 """
 
@@ -17,7 +21,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -29,6 +33,7 @@ from areal_fast.protocol.wire import Form, Kept
 from areal_fast.shards import bundles, json_codec
 from areal_fast.shards.bundles import Bundle, BundleMeta
 from areal_fast.shards.description import Description
+from areal_fast.shards.gpu_records import GpuHold, GpuMeta
 from areal_fast.shards.outgoing import Outgoing, Part, RawOutgoing
 from areal_fast.shards.sealed import MAPPED_FROM_BYTES, SealedFile
 
@@ -75,7 +80,9 @@ class FileMeta(msgspec.Struct, array_like=True, tag_field="form", tag="file"):
     inode: int
 
 
-Meta = TensorMeta | BundleMeta | FileMeta
+Meta = TensorMeta | BundleMeta | FileMeta | GpuMeta | GpuHold
+
+Elsewhere = Mapping[str, Part]
 
 _meta_decoder: msgspec.msgpack.Decoder[Meta] = msgspec.msgpack.Decoder(Meta)
 _encode = msgspec.msgpack.Encoder().encode
@@ -86,7 +93,7 @@ class ShardStore:
     shards that are files; 0, they cannot be read here."""
 
     def __init__(self, arena: Arena, serving_addr: str = "") -> None:
-        self._arena = arena
+        self.arena = self._arena = arena
         self.serving_addr = serving_addr
         self.holder_pid = 0
         self._addr_json = json.dumps(serving_addr, ensure_ascii=False)
@@ -121,12 +128,20 @@ class ShardStore:
         self._replaced(shard_id, replaced, meta.nbytes)
         return slot
 
+    def put_elsewhere(self, shard_id: str, meta: GpuMeta) -> int:
+        """Publish a shard whose bytes are on a GPU; its slot. ShardRejected, ArenaFull, IndexBusy."""
+        name = checked_name(shard_id)
+        replaced = self._sizes(name)
+        slot = self._arena.shard_put(name, _encode(meta), ())
+        self._replaced(shard_id, replaced, meta.nbytes)
+        return slot
+
     def file_at(self, slot: int) -> FileMeta | None:
         """The record of the file shard in this slot, if there is one. For the supervisor."""
         if not self._arena.pin_slot(slot):
             return None
         try:
-            meta = self._meta(slot)
+            meta = self.meta(slot)
             return meta if isinstance(meta, FileMeta) else None
         finally:
             self._arena.unpin(slot)
@@ -183,30 +198,33 @@ class ShardStore:
             self._arena.unpin(slot)
 
     # -- get -------------------------------------------------------------------------------------------
-    def get_json(self, shard_id: str) -> Outgoing | None:
-        """The shard as JSON, or None. To be closed."""
+    def get_json(self, shard_id: str, elsewhere: Elsewhere | None = None) -> Outgoing | None:
+        """The shard as JSON, or None. To be closed. elsewhere: as in `find`, here and below."""
         try:
-            return Outgoing(self.find([shard_id]), listed=False)
+            return Outgoing(self.find([shard_id], elsewhere), listed=False)
         except ShardsNotFound:
             return None
 
-    def batch_json(self, shard_ids: Sequence[str]) -> Outgoing:
+    def batch_json(self, shard_ids: Sequence[str], elsewhere: Elsewhere | None = None) -> Outgoing:
         """A JSON list of the shards in order, to be closed. ShardsNotFound names all that are missing."""
-        return Outgoing(self.find(shard_ids), listed=True)
+        return Outgoing(self.find(shard_ids, elsewhere), listed=True)
 
-    def raw(self, shard_ids: Sequence[str]) -> RawOutgoing:
+    def raw(self, shard_ids: Sequence[str], elsewhere: Elsewhere | None = None) -> RawOutgoing:
         """The shards as one safetensors file, to be closed. ShardsNotFound as above; ShardRejected."""
         names = list(dict.fromkeys(shard_ids))
-        return RawOutgoing(dict(zip(names, self.find(names), strict=True)))
+        return RawOutgoing(dict(zip(names, self.find(names, elsewhere), strict=True)))
 
-    def find(self, shard_ids: Sequence[str]) -> list[Part]:
-        """The shards in order. Each part keeps its shard's memory until it is let go. ShardsNotFound."""
+    def find(self, shard_ids: Sequence[str], elsewhere: Elsewhere | None = None) -> list[Part]:
+        """The shards in order. Each part keeps its shard's memory until it is let go. elsewhere: parts, by
+        shard id, that were fetched from a GPU. ShardsNotFound."""
         opened: dict[bytes, tuple[int, Bundle]] = {}
         parts: list[Part] = []
         missing: list[str] = []
         try:
             for shard_id in shard_ids:
-                found = self._get(shard_id, opened)
+                found = elsewhere.get(shard_id) if elsewhere else None
+                if found is None:
+                    found = self._get(shard_id, opened)
                 if found is None:
                     missing.append(shard_id)
                 elif not missing:
@@ -247,7 +265,7 @@ class ShardStore:
                 if file is None:
                     return None
                 return Part(meta.dtype, tuple(meta.shape), meta.kept, meta.nbytes, file)
-            if isinstance(meta, BundleMeta):
+            if not isinstance(meta, TensorMeta):
                 view.release()
                 return None
             return Part(meta.dtype, tuple(meta.shape), meta.kept, meta.nbytes, view)
@@ -300,7 +318,7 @@ class ShardStore:
         if slot < 0:
             return False
         try:
-            meta = self._meta(slot)
+            meta = self.meta(slot)
             if not isinstance(meta, BundleMeta) or part >= meta.parts:
                 return False
             was, empty = arena.shard_clear_bit(slot, part)
@@ -320,14 +338,18 @@ class ShardStore:
         while True:
             slots, cursor = self._arena.expired_shards(created_before_ns, cursor, SWEEP_PAGE)
             for slot in slots:
-                if not self._arena.pin_slot(slot):
-                    continue
-                try:
-                    removed += self._remove(slot)
-                finally:
-                    self._arena.unpin(slot)
+                removed += self.remove_slot(slot, but=GpuHold)  # those end with their process
             if cursor == 0:
                 return removed
+
+    def remove_slot(self, slot: int, *, but: type[Meta] | None = None) -> bool:
+        """Remove the shard in `slot`, if there is one and its record is not of the kind `but`."""
+        if not self._arena.pin_slot(slot):
+            return False
+        try:
+            return not (but and isinstance(self.meta(slot), but)) and self._remove(slot)
+        finally:
+            self._arena.unpin(slot)
 
     # -- counts ----------------------------------------------------------------------------------------
     def totals(self) -> tuple[int, int]:
@@ -355,7 +377,7 @@ class ShardStore:
         for slot in self._slots():
             if self._arena.pin_slot(slot):
                 try:
-                    more = self._left(slot, self._meta(slot))
+                    more = self._left(slot, self.meta(slot))
                 finally:
                     self._arena.unpin(slot)
                 tensors += more[0]
@@ -376,7 +398,12 @@ class ShardStore:
         self._arena.add_word(WORD_SHARD_BYTES, nbytes)
         self._arena.add_word(COUNTS_CHANGED, 1)
 
-    def _meta(self, slot: int) -> Meta:
+    def close(self, slot: int) -> bool:
+        """Close a pinned shard that is not counted; False if another did."""
+        return _close(self._arena, slot)
+
+    def meta(self, slot: int) -> Meta:
+        """A pinned shard's record."""
         raw, view = self._arena.shard_view(slot)
         view.release()
         return _meta_decoder.decode(raw)
@@ -386,11 +413,13 @@ class ShardStore:
         if slot < 0:
             return 0, 0
         try:
-            return self._left(slot, self._meta(slot))
+            return self._left(slot, self.meta(slot))
         finally:
             self._arena.unpin(slot)
 
     def _left(self, slot: int, meta: Meta) -> tuple[int, int]:
+        if isinstance(meta, GpuHold):
+            return 0, 0
         if not isinstance(meta, BundleMeta):
             return 1, meta.nbytes
         left = [p for p in range(meta.parts) if self._arena.shard_bit(slot, p)]
@@ -398,7 +427,7 @@ class ShardStore:
 
     def _remove(self, slot: int) -> bool:
         """Close a pinned shard; False if another did."""
-        meta = self._meta(slot)
+        meta = self.meta(slot)
         tensors, nbytes = self._left(slot, meta)
         if not _close(self._arena, slot):
             return False
