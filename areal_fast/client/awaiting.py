@@ -71,15 +71,16 @@ class AsyncClient:
 
     def __init__(
         self,
-        base_url: str,
+        base_url: str | None,
         admin_api_key: str | None = None,
         *,
         timeout_s: float = 60.0,
         retries: int = RETRIES,
         ways: Sequence[Way] = WAYS,
     ) -> None:
-        self.url = base_url.rstrip("/")
-        http.parse_base_url(self.url)
+        self.url = (base_url or "").rstrip("/")
+        if base_url is not None:
+            http.parse_base_url(self.url)
         self._timeout_s = timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
         self._nodes: dict[str, http.Client] = {}

@@ -69,26 +69,27 @@ class Session:
 
 
 class Client:
-    """A data proxy. base_url: plain http. admin_api_key: needed to start sessions, to export, and for shards
-    where the proxy runs with --data-auth. timeout_s: of each request as a whole. retries: repeats of what is
-    safe to repeat. ways: how shards may travel, of "gpu", "map", "raw", "json"; the cheapest that both ends
-    can do is taken.
+    """A data proxy. base_url: plain http; None: no proxy of one's own, only shards by references that name
+    their node. admin_api_key: needed to start sessions, to export, and for shards where the proxy runs with
+    --data-auth. timeout_s: of each request as a whole. retries: repeats of what is safe to repeat. ways: how
+    shards may travel, of "gpu", "map", "raw", "json"; the cheapest that both ends can do is taken.
 
     Every call raises Unreachable, TimedOut, BadReply or the ProxyError that the refusal is.
     """
 
     def __init__(
         self,
-        base_url: str,
+        base_url: str | None,
         admin_api_key: str | None = None,
         *,
         timeout_s: float = 60.0,
         retries: int = RETRIES,
         ways: Sequence[Way] = WAYS,
     ) -> None:
-        self.url = base_url.rstrip("/")
+        self.url = (base_url or "").rstrip("/")
         self._connections = Connections(timeout_s)
-        self._connections.check(self.url)
+        if base_url is not None:
+            self._connections.check(self.url)
         fetcher = Fetcher(self.url, bearer(admin_api_key), retries, ways)
         self._calls = Calls(self.url, admin_api_key, retries, fetcher)
 

@@ -52,6 +52,7 @@ HEAVY = {
         *(f"areal_fast/client/{name}.py" for name in ("tensors", "shards", "references")),
         "areal_fast/demo/tensors.py",
         "areal_fast/demo/trainer.py",
+        "areal_fast/integrations/rtensor.py",
     },
     "transformers": {"areal_fast/engine/tokenizer_helper.py"},
 }
