@@ -36,6 +36,7 @@ from areal_fast.client.errors import (
 )
 from areal_fast.client.references import Interaction, Reference, Trajectory
 from areal_fast.client.shards import WAYS, Shard, Way
+from areal_fast.client.steps import Request
 
 __all__ = [
     "WAYS",
@@ -56,6 +57,7 @@ __all__ = [
     "NotReady",
     "ProxyError",
     "Reference",
+    "Request",
     "Reward",
     "Session",
     "Shard",

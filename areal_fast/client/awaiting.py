@@ -8,6 +8,7 @@ time), it starts anew with connections of that loop.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -15,11 +16,21 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from areal_fast import http
 from areal_fast.client.calls import Calls, Form, Reward, Style
 from areal_fast.client.chat import awaiting_chat
-from areal_fast.client.errors import TimedOut, Unreachable
+from areal_fast.client.errors import ClientError, TimedOut, Unreachable
 from areal_fast.client.fetching import Fetcher
 from areal_fast.client.references import Reference, Trajectory
 from areal_fast.client.shards import WAYS, Shard, Way
-from areal_fast.client.steps import RETRIES, Answer, Ask, Steps, Together, Wait, bearer
+from areal_fast.client.steps import (
+    RETRIES,
+    Answer,
+    Ask,
+    Observer,
+    Request,
+    Steps,
+    Together,
+    Wait,
+    bearer,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -77,6 +88,7 @@ class AsyncClient:
         timeout_s: float = 60.0,
         retries: int = RETRIES,
         ways: Sequence[Way] = WAYS,
+        observe: Observer | None = None,
     ) -> None:
         self.url = (base_url or "").rstrip("/")
         if base_url is not None:
@@ -85,6 +97,7 @@ class AsyncClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._nodes: dict[str, http.Client] = {}
         fetcher = Fetcher(self.url, bearer(admin_api_key), retries, ways)
+        self._observe = observe
         self._calls = Calls(self.url, admin_api_key, retries, fetcher)
 
     @property
@@ -207,7 +220,7 @@ class AsyncClient:
 
     async def _do(self, step: Any) -> Any:
         if isinstance(step, Ask):
-            return await self._send(step)
+            return await self._observed(step)
         if isinstance(step, Wait):
             return await asyncio.sleep(step.seconds)
         if isinstance(step, Together):
@@ -217,6 +230,18 @@ class AsyncClient:
                     raise result
             return results
         return step.call() if step.brief else await asyncio.to_thread(step.call)
+
+    async def _observed(self, ask: Ask) -> Answer:
+        began = time.monotonic()
+        error: ClientError | None = None
+        try:
+            return await self._send(ask)
+        except ClientError as caught:
+            error = caught
+            raise
+        finally:
+            if self._observe is not None:
+                self._observe(Request(ask.method, ask.path, began, time.monotonic(), error))
 
     async def _send(self, ask: Ask) -> Answer:
         headers = [(name.lower().encode(), value.encode()) for name, value in ask.headers]

@@ -13,10 +13,21 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from areal_fast.client.calls import Calls, Form, Reward, Style
 from areal_fast.client.chat import blocking_chat
 from areal_fast.client.connections import Connections
+from areal_fast.client.errors import ClientError
 from areal_fast.client.fetching import Fetcher
 from areal_fast.client.references import Reference, Trajectory
 from areal_fast.client.shards import WAYS, Shard, Way
-from areal_fast.client.steps import RETRIES, Ask, Steps, Together, Wait, bearer
+from areal_fast.client.steps import (
+    RETRIES,
+    Answer,
+    Ask,
+    Observer,
+    Request,
+    Steps,
+    Together,
+    Wait,
+    bearer,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -72,7 +83,8 @@ class Client:
     """A data proxy. base_url: plain http; None: no proxy of one's own, only shards by references that name
     their node. admin_api_key: needed to start sessions, to export, and for shards where the proxy runs with
     --data-auth. timeout_s: of each request as a whole. retries: repeats of what is safe to repeat. ways: how
-    shards may travel, of "gpu", "map", "raw", "json"; the cheapest that both ends can do is taken.
+    shards may travel, of "gpu", "map", "raw", "json"; the cheapest that both ends can do is taken. observe:
+    is told of every request, repeats included; must not raise.
 
     Every call raises Unreachable, TimedOut, BadReply or the ProxyError that the refusal is.
     """
@@ -85,12 +97,14 @@ class Client:
         timeout_s: float = 60.0,
         retries: int = RETRIES,
         ways: Sequence[Way] = WAYS,
+        observe: Observer | None = None,
     ) -> None:
         self.url = (base_url or "").rstrip("/")
         self._connections = Connections(timeout_s)
         if base_url is not None:
             self._connections.check(self.url)
         fetcher = Fetcher(self.url, bearer(admin_api_key), retries, ways)
+        self._observe = observe
         self._calls = Calls(self.url, admin_api_key, retries, fetcher)
 
     @property
@@ -211,7 +225,7 @@ class Client:
 
     def _do(self, step: Any) -> Any:
         if isinstance(step, Ask):
-            return self._connections.send(step)
+            return self._send(step)
         if isinstance(step, Wait):
             return time.sleep(step.seconds)
         if isinstance(step, Together):
@@ -219,6 +233,18 @@ class Client:
                 running = [threads.submit(self._run, call) for call in step.calls]
             return [one.result() for one in running]
         return step.call()
+
+    def _send(self, ask: Ask) -> Answer:
+        began = time.monotonic()
+        error: ClientError | None = None
+        try:
+            return self._connections.send(ask)
+        except ClientError as caught:
+            error = caught
+            raise
+        finally:
+            if self._observe is not None:
+                self._observe(Request(ask.method, ask.path, began, time.monotonic(), error))
 
 
 def _ids(sessions: str | Session | Sequence[str | Session]) -> list[str]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from areal_fast.client.errors import BadReply, Unreachable, error_of
+from areal_fast.client.errors import BadReply, ClientError, Unreachable, error_of
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -81,6 +81,19 @@ class Together:
     calls: Sequence[Steps[Any]] = field(default_factory=tuple)
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request that was made, for who wants to count them; a repeat is another one. Times:
+    time.monotonic(). error: why there was no whole reply."""
+
+    method: str
+    path: str
+    began: float
+    ended: float
+    error: ClientError | None
+
+
+Observer = Callable[[Request], None]
 Step = Ask | Wait | Work | Together
 Steps = Generator[Step, Any, T]
 

@@ -51,7 +51,6 @@ HEAVY = {
     "torch": {
         *(f"areal_fast/client/{name}.py" for name in ("tensors", "shards", "references")),
         "areal_fast/demo/tensors.py",
-        "areal_fast/demo/trainer.py",
         "areal_fast/integrations/rtensor.py",
     },
     "transformers": {"areal_fast/engine/tokenizer_helper.py"},
