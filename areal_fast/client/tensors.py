@@ -41,8 +41,8 @@ def tensor_over(data: Buffer, dtype: str, shape: tuple[int, ...], form: Form = "
     nbytes = memoryview(data).nbytes
     if nbytes != prod(shape) * TORCH_ITEMSIZE[dtype]:
         raise ValueError(f"{nbytes} bytes are no {dtype} of shape {list(shape)}")
-    if not nbytes:
-        return torch.empty(shape, dtype=kind)
+    if not nbytes:  # torch cannot look at numpy's empty arrays as another dtype
+        return torch.empty(0, dtype=torch.uint8).view(kind).view(shape)
     array = np.frombuffer(memoryview(data), np.uint8)
     if not array.flags.writeable or array.ctypes.data % TORCH_ITEMSIZE[dtype]:
         array = array.copy()
