@@ -40,6 +40,10 @@ class UsageError(Exception):
     """A command line that cannot be obeyed. str() is the one line for the user; exit status 2."""
 
 
+BODY_BYTES = (1 << 30) + (16 << 20)
+"""Default limit of a request body where the arena is large: a raw shard of 1 GiB and its header."""
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """One run's settings. Times in seconds, sizes in bytes."""
 
@@ -73,7 +77,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     arena_max_bytes: int = 256 << 20
     shard_ttl_s: float = 86400.0
     data_auth: bool = False
-    max_body_bytes: int = 1 << 30
+    max_body_bytes: int = BODY_BYTES
     drain_s: float = 10.0
     hang_timeout_s: float = 10.0
     start_timeout_s: float = 60.0
@@ -220,7 +224,7 @@ def parse(
         arena_max_bytes=arena,
         shard_ttl_s=args.shard_ttl_seconds,
         data_auth=args.data_auth,
-        max_body_bytes=args.max_body_bytes or min(2 * arena, 1 << 30),
+        max_body_bytes=args.max_body_bytes or min(2 * arena, BODY_BYTES),
         drain_s=args.drain_seconds,
         hang_timeout_s=args.hang_timeout_seconds,
         start_timeout_s=args.start_timeout_seconds,

@@ -356,6 +356,25 @@ void af_stats(af_arena *a, af_stats_result *out);
 /* A full consistency check of a quiet arena: 0, or AF_ECORRUPT with a line of text in `why`. For tests. */
 int af_check(af_arena *a, char *why, size_t why_len);
 
+/* ------------------------------------------------------------------------------------------------- base64 ---- */
+
+/* Base64 of tensors (RFC 4648, section 4, padded). Any thread; the arena is not involved: `in` and `out` may lie in a
+ * pinned shard or in one being filled, at any alignment, and must not overlap. Not one byte outside them is touched. */
+enum { AF_BASE64_SCALAR = 0, AF_BASE64_AVX2 = 1, AF_BASE64_VBMI = 2 };
+int af_base64_level(void);              /* the instructions in use; at first the best that the processor has */
+int af_base64_set_level(int level);     /* -1: the best. AF_EINVAL if the processor has not got it. For tests */
+size_t af_base64_size(size_t n);        /* characters for n bytes */
+void af_base64_encode(const void *in, size_t n, char *out);
+/* Bytes that n characters stand for, judged by n and the padding alone, or AF_EINVAL. */
+int64_t af_base64_decoded_size(const char *in, size_t n);
+/* Decode to exactly that many bytes. AF_EINVAL for anything but the canonical alphabet and padding (white space
+ * too); `out` then holds some of it. */
+int af_base64_decode(const char *in, size_t n, void *out);
+/* The same for bfloat16 kept in 2 bytes an element and written as float32: `count` elements widened, or the float32
+ * in the text rounded to nearest even (every NaN becomes 0x7fc0). AF_EINVAL too if they are no whole float32. */
+void af_base64_encode_bf16(const void *in, size_t count, char *out);
+int af_base64_decode_bf16(const char *in, size_t n, void *out);
+
 /* ------------------------------------------------------------------------------------------------- crash ---- */
 
 /* Crash points: AF_CP("name") in the sources. They cost nothing and kill nothing unless built with AF_CRASH_POINTS.

@@ -1,6 +1,12 @@
 """The arena: all session truth, in one shared mapping (C core, thin Cython edge; no policy here)."""
 
-from areal_fast.core._core import LAYOUT_VERSION, Arena
+from areal_fast.core._core import (
+    LAYOUT_VERSION,
+    Arena,
+    base64_decode_into,
+    base64_decoded_size,
+    base64_encode,
+)
 from areal_fast.core.codes import (
     LOG_ANY,
     MAX_NAME_BYTES,
@@ -79,4 +85,7 @@ __all__ = [
     "Record",
     "SlotInfo",
     "Trimmed",
+    "base64_decode_into",
+    "base64_decoded_size",
+    "base64_encode",
 ]

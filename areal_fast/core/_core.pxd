@@ -221,6 +221,19 @@ cdef extern from "arealfast.h" nogil:
     void af_stats(af_arena *a, af_stats_result *out)
     int af_check(af_arena *a, char *why, size_t why_len)
 
+    enum:
+        AF_BASE64_SCALAR
+        AF_BASE64_AVX2
+        AF_BASE64_VBMI
+    int af_base64_level()
+    int af_base64_set_level(int level)
+    size_t af_base64_size(size_t n)
+    void af_base64_encode(const void *data, size_t n, char *out)
+    int64_t af_base64_decoded_size(const char *text, size_t n)
+    int af_base64_decode(const char *text, size_t n, void *out)
+    void af_base64_encode_bf16(const void *data, size_t count, char *out)
+    int af_base64_decode_bf16(const char *text, size_t n, void *out)
+
     uint32_t af_crash_count()
     const char *af_crash_name(uint32_t i)
     int af_crash_arm(const char *name, uint64_t nth)

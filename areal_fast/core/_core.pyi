@@ -10,7 +10,7 @@ forked child: attach anew there, under another process number. Names are bytes, 
 from collections.abc import Sequence
 from typing import Never, final
 
-from _typeshed import ReadableBuffer
+from _typeshed import ReadableBuffer, WriteableBuffer
 
 from areal_fast.core.codes import Record, SlotInfo
 
@@ -238,6 +238,28 @@ class Arena:
 
     def consistency(self) -> str:
         """What is wrong with a quiet arena, in a line; empty if nothing is. For tests."""
+
+def base64_encode(
+    data: ReadableBuffer, before: bytes = b"", after: bytes = b"", *, bf16: bool = False
+) -> bytes:
+    """`before`, the base64 of `data`, `after`, in one new object. bf16: `data` is bfloat16 (2 bytes an
+    element, else BadArgument), which is written as float32. The GIL is released for large data, here and
+    below."""
+
+def base64_decoded_size(text: ReadableBuffer) -> int:
+    """Bytes that base64 of this length and padding stands for; −1 if no base64 has them."""
+
+def base64_decode_into(text: ReadableBuffer, out: WriteableBuffer, *, bf16: bool = False) -> bool:
+    """Decode into `out`, which has exactly the size (half of it with bf16: float32 in the text, rounded to
+    nearest even, every NaN 0x7fc0), else BadArgument. False if the text is not canonical base64, white space
+    included, or with bf16 no whole number of float32; `out` then holds anything."""
+
+def base64_level() -> str:
+    """Instructions in use: scalar, avx2 or vbmi."""
+
+def base64_set_level(name: str | None = None) -> None:
+    """Use those of this name, or the best there are. BadArgument if the processor has not got them. For
+    tests."""
 
 def fault_arm(nth: int) -> None:
     """Fail the nth request for memory from the system from now on; 0: none. BadArgument in a plain build."""

@@ -20,13 +20,13 @@ from areal_fast.core import codes
 from areal_fast.core.codes import BadArgument, CoreError, SlotInfo, raise_code
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.memoryview cimport PyMemoryView_FromObject
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memset, strerror
+from libc.string cimport memcpy, memset, strerror
 
 from areal_fast.core._core cimport *
 
@@ -40,6 +40,7 @@ CRASH_POINTS = af_crash_count() > 0
 
 include "_codes.pxi"
 include "_buffers.pxi"
+include "_base64.pxi"
 
 
 @cython.final

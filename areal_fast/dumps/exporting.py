@@ -157,8 +157,10 @@ def _npz(file: BinaryIO, paths: Sequence[str], max_bytes: int) -> tuple[int, int
         for _, interaction_id, _, arrays in _arrays(paths, max_bytes):
             done += bool(arrays)
             skipped += not arrays
-            folder = interaction_id.encode("utf-8", "backslashreplace").decode()  # valid text
             for name, array in arrays.items():
-                with archive.open(f"{folder}/{name}.npy", "w", force_zip64=True) as member:
+                path = f"{interaction_id}/{name}.npy".encode(
+                    "utf-8", "backslashreplace"
+                ).decode()  # valid text
+                with archive.open(path, "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, array, allow_pickle=False)
     return done, skipped

@@ -290,10 +290,10 @@ def _shape_problems(arrays: dict[str, Array]) -> Iterator[str]:
     for name, array in list(arrays.items()):
         if name in ("rewards", "original_rewards"):
             if array.shape != (1,):
-                yield f"{name}: shape {list(array.shape)}, but [1] is expected"
+                yield f"{plain(name, 40)}: shape {list(array.shape)}, but [1] is expected"
                 del arrays[name]
         elif array.ndim != 2 or array.shape[0] != 1:
-            yield f"{name}: shape {list(array.shape)}, but [1, tokens] is expected"
+            yield f"{plain(name, 40)}: shape {list(array.shape)}, but [1, tokens] is expected"
             del arrays[name]
         else:
             lengths[name] = array.shape[1]

@@ -170,11 +170,14 @@ class EmbeddedEngine:
         self._made = 0
 
     def configure(self, changes: dict[str, object]) -> None:
-        """Set some switches; fault counts begin anew. Raises msgspec.ValidationError and then sets none."""
+        """Set some switches; fault counts begin anew. A latency holds at once, for what is generating, too.
+        Raises msgspec.ValidationError and then sets none."""
         merged = {**msgspec.structs.asdict(self.switches), **changes}
         self.switches = msgspec.convert(merged, Switches)
         self.bodies = deque(self.bodies, maxlen=self.switches.keep_bodies)
         self._faults = 0
+        for generation in self.in_flight.values():
+            generation.poke()
 
     def next_fault(self) -> Fault:
         """Count a generation request and say what shall happen to it."""

@@ -42,6 +42,7 @@ class Exchange:
         "_connection",
         "_on_gone",
         "_on_sent",
+        "_owed",
         "_state",
         "body",
         "gone",
@@ -76,6 +77,7 @@ class Exchange:
         self._state = NEW
         self._chunked = False
         self._bare = False
+        self._owed = -1  # bytes still to be written of a streamed reply of known size; -1: not known
         self._on_gone: Callable[[], None] | None = None
         self._on_sent: Callable[[bool], None] | None = None
 
@@ -132,16 +134,21 @@ class Exchange:
             connection.send(head + tail)
         connection.exchange_done(self)
 
-    def start(self, status: int, content_type: bytes, headers: HeaderPairs = ()) -> None:
-        """Begin a streamed reply: chunked, or to the end of the connection for HTTP/1.0. Errors as of
-        `respond`."""
+    def start(
+        self, status: int, content_type: bytes, headers: HeaderPairs = (), *, size: int | None = None
+    ) -> None:
+        """Begin a streamed reply: of `size` bytes where that is known, else chunked, or to the end of the
+        connection for HTTP/1.0. Errors as of `respond`."""
         if self._state != NEW:
             raise RuntimeError("this request has been answered")
         head = self._connection.heads.prefix(status, content_type)
         if headers:
             head += encode_headers(headers)
         self._bare = self.method == "HEAD" or status in _BODILESS
-        if self._bare:
+        self._owed = -1 if size is None else size
+        if size is not None and status not in _BODILESS:
+            head = b"%bcontent-length: %d\r\n" % (head, size)
+        if self._bare or size is not None:
             pass
         elif self.http11:
             self._chunked = True
@@ -163,6 +170,10 @@ class Exchange:
         if self._bare or not data:
             return
         self._connection.bound_unsent()
+        if self._owed >= 0:
+            if len(data) > self._owed:
+                raise RuntimeError("the reply is longer than was announced")
+            self._owed -= len(data)
         if not self._chunked:
             self._connection.send(data)
         elif len(data) < 16384:
@@ -182,6 +193,8 @@ class Exchange:
         """End a streamed reply."""
         if self._state != STREAMING:
             raise RuntimeError("no reply is being streamed")
+        if self._owed > 0 and not self._bare:
+            raise RuntimeError("the reply is shorter than was announced")
         self._state = DONE
         if self._chunked:
             self._connection.send(b"0\r\n\r\n")
@@ -192,7 +205,7 @@ class Exchange:
         whole."""
         if self._state == DONE:
             return
-        framed = self._chunked or self._state == NEW
+        framed = self._chunked or self._owed >= 0 or self._state == NEW
         self._state = DONE
         self._connection.break_off(self, reset=not framed)
 

@@ -221,10 +221,13 @@ def unpack_string(meta: bytes) -> tuple[int, int, str, int]:
 
 
 class Exporting(msgspec.Struct, array_like=True):
-    """trajectory −1: nothing is exported, the record only says that the session goes (flag REMOVE)."""
+    """trajectory −1: nothing is exported, the record only says that the session goes (flag REMOVE).
+    `request_hash`, `at_ns`: who asked, and when; should the reply not arrive, an identical request within
+    REPLAY_NS means this trajectory, whatever has become ready since."""
 
     trajectory: int
     request_hash: bytes = b""
+    at_ns: int = 0
 
 
 class DumpNames(msgspec.Struct, array_like=True):
@@ -252,6 +255,8 @@ class Checkpoint(msgspec.Struct, array_like=True):
     member: int = -1
     fates: list[tuple[int, int]] = []
     """(ordinal, fate) of kept interactions whose reply has one."""
+    lost: list[tuple[bytes, int, int]] = []
+    """(request hash, index, time ns) of ready trajectories whose export did not arrive."""
 
 
 _exporting = msgspec.msgpack.Decoder(Exporting)
@@ -261,7 +266,7 @@ _words = msgspec.msgpack.Decoder(tuple[bytes, str])
 _encoder = msgspec.msgpack.Encoder()
 
 
-def pack(m: Exporting | DumpNames | Checkpoint) -> bytes:
+def pack(m: msgspec.Struct) -> bytes:
     return _encoder.encode(m)
 
 

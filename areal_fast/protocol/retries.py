@@ -3,7 +3,7 @@
 The gateway and the SDKs send a POST again when a connection breaks. A chat is answered from its twin's record
 if both carry the same Idempotency-Key, or if the bodies are equal byte for byte (and neither key says
 otherwise) and the twin's reply is known to be lost: its client was gone, or the worker that recorded it died
-before it noted that the reply was out. Equal bodies otherwise are two samples.
+before it noted that the reply was going out. Equal bodies otherwise are two samples.
 
 A record's `body_hash` is: BLAKE2b-128 of the body, the recording process (records.courier_word), and, if a
 key was given, BLAKE2b-128 of it. A SENT record says afterwards what became of the reply.

@@ -11,7 +11,7 @@ is late: kept for the dump, never exported.
 
 EXPORTING records are promises: each stays `pending` here until `resolve` tells its outcome. Committed: the
 interactions that were there when it was appended are gone, those that came after it are late. Aborted: it
-never happened.
+never happened, but for a while an identical request means the same trajectory (`lost`).
 
 Times are monotonic nanoseconds and always an argument.
 """
@@ -35,6 +35,9 @@ OUTCOME_PENDING = 0
 OUTCOME_COMMITTED = 1
 OUTCOME_ABORTED = 2
 FLAG_REMOVE = 1
+REPLAY_NS = 60 * 10**9
+"""How long an export whose reply did not arrive is given again to an identical request."""
+MAX_LOST = 16
 RECORD_HEADER_BYTES = 64
 
 Record = tuple[int, int, int, int, int, bytes, int]
@@ -143,6 +146,8 @@ class PendingExport(NamedTuple):
     trajectory: int
     remove: bool
     ordinals: frozenset[int]
+    request_hash: bytes
+    at_ns: int
 
 
 class RewardDecision(NamedTuple):
@@ -170,6 +175,7 @@ class SessionState:
         "head",
         "late",
         "live_bytes",
+        "lost",
         "member",
         "pending",
         "ready",
@@ -185,6 +191,7 @@ class SessionState:
         self.active = Trajectory(0)
         self.ready: dict[int, Trajectory] = {}
         self.late: dict[int, Interaction] = {}
+        self.lost: dict[bytes, tuple[int, int]] = {}
         self.deadline_ns = 0
         self.member = -1
         self.pending: list[PendingExport] = []
@@ -271,7 +278,9 @@ class SessionState:
         self.exports.append(txn)
         taken = self.ready.get(m.trajectory)
         ordinals = frozenset(taken.interactions) if taken else frozenset()
-        self.pending.append(PendingExport(offset, txn, m.trajectory, remove, ordinals))
+        self.pending.append(
+            PendingExport(offset, txn, m.trajectory, remove, ordinals, m.request_hash, m.at_ns)
+        )
         self._settle(len(self.pending) - 1, outcome)
 
     def _checkpoint(self, c: rec.Checkpoint) -> None:
@@ -285,6 +294,7 @@ class SessionState:
         for index, courier in c.couriers:
             self.ready[index].courier = courier
         self.late = {}
+        self.lost = {request: (index, at_ns) for request, index, at_ns in c.lost}
         self.member = c.member
         if c.pending is not None:
             self.active.reward_ordinal, self.deadline_ns = c.pending
@@ -300,7 +310,14 @@ class SessionState:
         if outcome == OUTCOME_PENDING:
             return
         export = self.pending.pop(i)
-        if outcome != OUTCOME_COMMITTED or export.trajectory < 0:
+        self.lost.pop(export.request_hash, None)
+        if export.trajectory < 0:
+            return
+        if outcome != OUTCOME_COMMITTED:
+            if export.request_hash:
+                self.lost[export.request_hash] = (export.trajectory, export.at_ns)
+                if len(self.lost) > MAX_LOST:
+                    del self.lost[next(iter(self.lost))]
             return
         trajectory = self.ready.pop(export.trajectory, None)
         if trajectory is None:
@@ -389,8 +406,11 @@ class SessionState:
             at_once,
         )
 
-    def exportable(self, session_id: str, trajectory_id: int | None) -> Trajectory:
-        """The trajectory an export takes: the one named or the newest ready one.
+    def exportable(
+        self, session_id: str, trajectory_id: int | None, request_hash: bytes = b"", now_ns: int = 0
+    ) -> Trajectory:
+        """The trajectory an export takes: the one named; else the one whose reply to an identical request was
+        lost less than REPLAY_NS ago; else the newest ready one.
 
         NoReadyTrajectories, TrajectoryNotFound; ExportBusy while a live export holds it or removes the
         session."""
@@ -399,6 +419,9 @@ class SessionState:
         if not self.ready:
             raise NoReadyTrajectories(session_id, named=trajectory_id is not None)
         index = max(self.ready) if trajectory_id is None else trajectory_id
+        lost, at_ns = self.lost.get(request_hash, (-1, 0))
+        if trajectory_id is None and lost in self.ready and now_ns - at_ns < REPLAY_NS:
+            index = lost
         found = self.ready.get(index)
         if found is None:
             raise TrajectoryNotFound(session_id, index)
@@ -428,6 +451,7 @@ class SessionState:
                 [(t.index, t.courier) for t in self.untold()],
                 self.member,
                 [(i.ordinal, i.fate) for i in kept if i.fate != retries.UNKNOWN],
+                [(request, *rest) for request, rest in self.lost.items() if rest[0] in self.ready],
             ),
             [i.offset for i in sorted(kept, key=lambda i: i.seq)],
         )

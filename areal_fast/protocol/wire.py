@@ -1,14 +1,15 @@
 """Tensors on the wire: JSON with base64, byte for byte as the original writes it.
 
 A tensor travels as `{"type":"tensor","data":base64,"shape":[…],"dtype":"torch.…"}`, an array as
-`{"type":"ndarray",…,"dtype":"<f4"}`: little-endian, C order. `decode` takes exactly these two. No other type
-tag, class path or pickle is looked at: what is not one of them is refused, and nothing of it is stored.
+`{"type":"ndarray",…,"dtype":"<f4"}`: little-endian, C order. `describe` takes exactly these two. No other
+type tag, class path or pickle is looked at: what is not one of them is refused, and nothing of it is stored.
 
 bfloat16 travels as float32 bytes under dtype torch.bfloat16; it is kept in 2 bytes an element, rounded to
 nearest even as torch does, and widened when sent. The 8-bit floats exist in two forms, their own bytes or
 float32 bytes (what the original's reader expects): whichever came is kept and sent again.
 
-A Tensor here is (dtype text, shape, kept bytes, form); it never becomes a torch object.
+Here are the words around the data: what they may say, and how many bytes they announce. The base64 itself is
+decoded and encoded between the body and shared memory by shards/json_codec.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import pybase64
 
 from areal_fast.errors import ShardRejected
 from areal_fast.protocol.validation import Invalid, integer
@@ -71,18 +71,45 @@ _ALIASES = {
 _WIDE_TOO = frozenset(name for name in TORCH_ITEMSIZE if name.startswith("float8_"))
 
 MAX_DIMS = 64
+NOT_BASE64 = "'data' is not valid base64"
 _NUMPY_DTYPE = re.compile(r"[<>=|]?[A-Za-z?][A-Za-z0-9_]{0,15}(?:\[[0-9A-Za-z]{1,16}\])?")
 
 Form = Literal["own", "bf16", "wide", "ndarray", "meta"]
 
 
-class Tensor(NamedTuple):
-    """One decoded shard. dtype: "float32" for a tensor, "<f4" for an array. data: the bytes to keep."""
+class Kept(NamedTuple):
+    """A tensor or array as it is stored. dtype: "float32" for a tensor, "<f4" for an array. nbytes: of the
+    data to keep."""
 
     dtype: str
     shape: tuple[int, ...]
-    data: bytes
     form: Form
+    nbytes: int
+
+
+class Described(NamedTuple):
+    """What a body says of its tensor, checked; its data are still JSON, in `data`.
+
+    widths: bytes an element may have in the data, in the order to try them. forms: of each width. meta: there
+    are no data to come."""
+
+    dtype: str
+    sizes: tuple[int, ...]
+    widths: tuple[int, ...]
+    forms: tuple[Form, ...]
+    data: bytes | msgspec.Raw
+
+    @property
+    def meta(self) -> bool:
+        return not self.widths
+
+    def fit(self, nbytes: int) -> Kept:
+        """How it is kept if its base64 stands for this many bytes. ShardRejected: the shape says another."""
+        if self.meta:
+            return Kept(self.dtype, self.sizes, "meta", 0)
+        shape, width = _fit(self.sizes, nbytes, self.widths)
+        form = self.forms[self.widths.index(width)]
+        return Kept(self.dtype, shape, form, nbytes // 2 if form == "bf16" else nbytes)
 
 
 class _Body(msgspec.Struct):
@@ -96,8 +123,8 @@ _decoder = msgspec.json.Decoder(_Body)
 _str_decoder = msgspec.json.Decoder(str)
 
 
-def decode(body: Buffer) -> Tensor:
-    """One tensor or array from its JSON. ShardRejected says what is wrong with it."""
+def describe(body: Buffer) -> Described:
+    """All but the data of one tensor or array from its JSON. ShardRejected says what is wrong with it."""
     try:
         m = _decoder.decode(body)
     except msgspec.ValidationError:
@@ -110,27 +137,38 @@ def decode(body: Buffer) -> Tensor:
         raise ShardRejected("'dtype' must be a string")
     sizes = _shape(m.shape)
     if m.type == "ndarray":
-        dtype = _numpy_dtype(m.dtype)
-        data = _base64(m.data)
-        shape = _fit(sizes, len(data), (dtype.itemsize,))[0]
-        return Tensor(dtype.str, shape, data, "ndarray")
+        dtype = numpy_dtype(m.dtype)
+        return Described(dtype.str, sizes, (dtype.itemsize,), ("ndarray",), m.data)
     name = m.dtype.replace("torch.", "")
     name = _ALIASES.get(name, name)
     size = TORCH_ITEMSIZE.get(name)
     if size is None:
         raise ShardRejected(f"Unknown dtype {m.dtype[:80]!r}")
-    raw = bytes(m.data)
-    if raw == b"null":
+    if bytes(memoryview(m.data)[:5]) == b"null":
         if any(s < 0 for s in sizes):
             raise ShardRejected("a shape without data must not have negative sizes")
-        return Tensor(name, sizes, b"", "meta")
-    data = _base64(raw)
+        return Described(name, sizes, (), (), m.data)
     if name == "bfloat16":
-        shape, _ = _fit(sizes, len(data), (4,))
-        return Tensor(name, shape, narrow_bfloat16(data), "bf16")
-    widths = (1, 4) if name in _WIDE_TOO else (size,)
-    shape, width = _fit(sizes, len(data), widths)
-    return Tensor(name, shape, data, "own" if width == size else "wide")
+        return Described(name, sizes, (4,), ("bf16",), m.data)
+    if name in _WIDE_TOO:
+        return Described(name, sizes, (1, 4), ("own", "wide"), m.data)
+    return Described(name, sizes, (size,), ("own",), m.data)
+
+
+def plain_text(data: bytes | msgspec.Raw) -> memoryview:
+    """What stands between the quotes of a JSON string, escapes as they are. ShardRejected if it is none."""
+    view = memoryview(data)
+    if len(view) < 2 or view[0] != 0x22:
+        raise ShardRejected("'data' must be a base64 string")
+    return view[1:-1]
+
+
+def loose_text(data: bytes | msgspec.Raw) -> bytes:
+    """The base64 in a JSON string that has escapes or white space, without them. ShardRejected."""
+    try:
+        return "".join(_str_decoder.decode(data).split()).encode("ascii")
+    except (ValueError, msgspec.DecodeError):
+        raise ShardRejected(NOT_BASE64) from None
 
 
 def _shape(value: Any) -> tuple[int, ...]:
@@ -163,7 +201,7 @@ def _fit(sizes: tuple[int, ...], nbytes: int, widths: tuple[int, ...]) -> tuple[
     raise ShardRejected(f"shape {list(sizes)[:8]} does not fit {nbytes} bytes of data")
 
 
-def _numpy_dtype(text: str) -> np.dtype[Any]:
+def numpy_dtype(text: str) -> np.dtype[Any]:
     if not _NUMPY_DTYPE.fullmatch(text):
         raise ShardRejected(f"Unknown array dtype {text[:80]!r}")
     try:
@@ -175,68 +213,15 @@ def _numpy_dtype(text: str) -> np.dtype[Any]:
     return dtype
 
 
-def _base64(raw: bytes | msgspec.Raw) -> bytes:
-    view = memoryview(raw)
-    if len(view) < 2 or view[0] != 0x22:
-        raise ShardRejected("'data' must be a base64 string")
-    try:
-        return pybase64.b64decode(view[1:-1], validate=True)
-    except ValueError:
-        pass
-    try:
-        text = _str_decoder.decode(view)
-        return pybase64.b64decode("".join(text.split()).encode("ascii"), validate=True)
-    except (ValueError, msgspec.DecodeError):
-        raise ShardRejected("'data' is not valid base64") from None
-
-
-def narrow_bfloat16(data: bytes) -> bytes:
-    """float32 bytes -> bfloat16 bytes, to nearest even; every NaN becomes 0x7fc0 (as torch rounds)."""
-    bits = np.frombuffer(data, "<u4")
-    rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return np.where(nan, 0x7FC0, rounded).astype("<u2").tobytes()
-
-
-def widen_bfloat16(data: Buffer) -> bytes:
-    """bfloat16 bytes -> float32 bytes."""
-    wide = np.frombuffer(memoryview(data), "<u2").astype("<u4") << np.uint32(16)
-    return bytes(wide.astype("<u4"))
-
-
-def _sizes(shape: tuple[int, ...]) -> bytes:
-    return b"[" + b",".join(b"%d" % s for s in shape) + b"]"
-
-
-def tensor_parts(data: Buffer, shape: tuple[int, ...], dtype: str) -> tuple[bytes, ...]:
-    """JSON of a tensor of this torch dtype, its bytes as they travel, in pieces to be joined once."""
-    return (
-        b'{"type":"tensor","data":"',
-        pybase64.b64encode(data),
-        b'","shape":%b,"dtype":"torch.%b"}' % (_sizes(shape), dtype.encode()),
-    )
-
-
-def encode_parts(dtype: str, shape: tuple[int, ...], data: Buffer, form: Form) -> tuple[bytes, ...]:
-    """JSON of a kept shard, in pieces."""
-    if form == "bf16":
-        return tensor_parts(widen_bfloat16(data), shape, dtype)
-    if form == "meta":
-        return (
-            b'{"type":"tensor","data":null,"shape":%b,"dtype":"torch.%b"}' % (_sizes(shape), dtype.encode()),
-        )
+def frame(dtype: str, shape: tuple[int, ...], form: Form) -> tuple[bytes, bytes]:
+    """What stands before and behind the base64 in the JSON of a kept shard; of a meta tensor, which has none,
+    the two together are all of it."""
+    sizes = b",".join(b"%d" % s for s in shape)
     if form == "ndarray":
-        return (
-            b'{"type":"ndarray","data":"',
-            pybase64.b64encode(data),
-            b'","shape":%b,"dtype":"%b"}' % (_sizes(shape), dtype.encode()),
-        )
-    return tensor_parts(data, shape, dtype)
-
-
-def encode(dtype: str, shape: tuple[int, ...], data: Buffer, form: Form) -> bytes:
-    """JSON of a kept shard. Inverse of `decode` up to base64 spelling and -1 in shapes."""
-    return b"".join(encode_parts(dtype, shape, data, form))
+        return b'{"type":"ndarray","data":"', b'","shape":[%b],"dtype":"%b"}' % (sizes, dtype.encode())
+    if form == "meta":
+        return b'{"type":"tensor","data":null', b',"shape":[%b],"dtype":"torch.%b"}' % (sizes, dtype.encode())
+    return b'{"type":"tensor","data":"', b'","shape":[%b],"dtype":"torch.%b"}' % (sizes, dtype.encode())
 
 
 def rtensor_json(shard_id: str, node_addr_json: str, shape: str, dtype: str) -> str:

@@ -176,16 +176,16 @@ class Chats:
             attempts=0,
             routed_experts=[],
         )
-        watch(session, exchange, twin.place)
+        leaving = watch(session, exchange, twin.place)
         if chat.wants_stream:
             answered = StreamedAnswer(chat, prompt, sampling, tokenizer, self._tools)
             stream = _Stream(exchange, twin.interaction_id, answered)
             stream.tokens(generation.output_ids.tolist())
             rest, reason = answered.finish(generation)
-            stream.finish(rest, reason, len(prompt), len(generation.output_ids))
+            stream.finish(rest, reason, len(prompt), len(generation.output_ids), leaving)
             return
         answer = whole_answer(generation, chat, prompt, sampling, tokenizer, self._tools)
-        _respond(exchange, twin.interaction_id, answer, len(prompt), len(generation.output_ids))
+        _respond(exchange, twin.interaction_id, answer, len(prompt), len(generation.output_ids), leaving)
 
     async def _turn(
         self,
@@ -226,14 +226,16 @@ class Chats:
                     if not stream.fail(error):
                         raise
                     return
-                stream.finish(rest, reason, len(prompt), len(generation.output_ids))
+                leaving = flight.leaving if flight is not None else None
+                stream.finish(rest, reason, len(prompt), len(generation.output_ids), leaving)
                 return
             generation = await engine.generate(prompt, sampling)
             answer = whole_answer(generation, chat, prompt, sampling, tokenizer, self._tools)
             said = line.messages_hash([Piece(answer.content, answer.calls)]) if line is not None else b""
             words = self._words(chat, [Piece(answer.content, answer.calls)])
             self._commit(turn, prompt, generation, said, flight, words)
-            _respond(exchange, interaction_id, answer, len(prompt), len(generation.output_ids))
+            leaving = flight.leaving if flight is not None else None
+            _respond(exchange, interaction_id, answer, len(prompt), len(generation.output_ids), leaving)
         finally:
             if turn is not None:
                 turn.abandon()
@@ -285,7 +287,12 @@ class Chats:
 
 
 def _respond(
-    exchange: Exchange, interaction_id: str, answer: Answer, prompt_tokens: int, output_tokens: int
+    exchange: Exchange,
+    interaction_id: str,
+    answer: Answer,
+    prompt_tokens: int,
+    output_tokens: int,
+    leaving: Callable[[], None] | None,
 ) -> None:
     body = reply.completion(
         interaction_id,
@@ -296,6 +303,8 @@ def _respond(
         output_tokens,
         answer.calls,
     )
+    if leaving is not None:
+        leaving()
     exchange.respond(200, body)
 
 
@@ -330,10 +339,20 @@ class _Stream:
             event = self._chunks.role() + event
         self._exchange.write(event)
 
-    def finish(self, rest: Piece, reason: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """After the commit: what was held back, the finish_reason, the end."""
+    def finish(
+        self,
+        rest: Piece,
+        reason: str,
+        prompt_tokens: int,
+        completion_tokens: int,
+        leaving: Callable[[], None] | None,
+    ) -> None:
+        """After the commit: what was held back, the finish_reason, the end. `leaving` is told just before."""
         last = self._chunks.finish(reason, prompt_tokens, completion_tokens)
-        self._write(self._events(rest) + last + reply.DONE)
+        events = self._events(rest) + last + reply.DONE
+        if leaving is not None:
+            leaving()
+        self._write(events)
         self._exchange.finish()
 
     def fail(self, error: Exception) -> bool:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from areal_fast.shards.store import FILE_BYTES
+
 if TYPE_CHECKING:
     from areal_fast.http import Exchange
     from areal_fast.service.control import Engines
@@ -61,6 +63,7 @@ class Health:
                 "engine": board.get("engine"),
                 "stuck": board.get("stuck", []),
                 "arena": self._store.arena.stats(),
+                "shard_file_bytes": self._store.arena.word(FILE_BYTES),
                 "cleanup": board.get("cleanup", {}),
             }
         )

@@ -8,9 +8,12 @@ interaction id; nothing is recorded for it, and what becomes of this reply is no
 A client that closed its sending side before the reply left is taken for gone: it nearly always is, and its
 reply is then lost though the kernel took it.
 
+A reply is noted as out just before it is handed over, and as lost afterwards if it was: so an answer that a
+client has is never told again to an equal body that means a new sample. A worker killed between the record
+and that note leaves one that is told again; one killed between the note and the kernel, a record that nobody
+heard of and a client that asks anew.
+
 What is not seen: a first one that is still in flight in another worker; its repeat is a sample of its own.
-And a reply is noted as sent just after the kernel took it: a worker killed in between leaves one that is told
-again to an equal body.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from areal_fast.protocol.retries import Asked, asked
 from areal_fast.store.couriers import courier_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from areal_fast.http import Exchange
     from areal_fast.store import Session, SessionStore
@@ -39,6 +42,7 @@ class Flight:
         self.one = one
         self.body_hash = one.pack(process)
         self.landed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.leaving: Callable[[], None] | None = None
 
     def is_twin_of(self, one: Asked) -> bool:
         if one.key and one.key == self.one.key:
@@ -47,13 +51,28 @@ class Flight:
 
     def recorded(self, trajectory: int, ordinal: int) -> None:
         """It is: note what becomes of the reply."""
-        watch(self.session, self.exchange, (trajectory, ordinal))
+        self.leaving = watch(self.session, self.exchange, (trajectory, ordinal))
 
 
-def watch(session: Session, exchange: Exchange, place: tuple[int, int]) -> None:
-    """Note what becomes of the reply of the interaction at (trajectory, ordinal). Before it is complete."""
+def watch(session: Session, exchange: Exchange, place: tuple[int, int]) -> Callable[[], None]:
+    """Note what becomes of the reply of the interaction at (trajectory, ordinal). Call before it is complete;
+    call the result just before the reply, or what completes it, is handed over."""
     note = session.fate(place)
-    exchange.on_sent(lambda sent: note(sent and not exchange.input_ended))
+    noted = False
+
+    def leaving() -> None:
+        nonlocal noted
+        if not exchange.input_ended:
+            noted = True
+            note(True)
+
+    def sent(arrived: bool) -> None:
+        arrived = arrived and not exchange.input_ended
+        if not (arrived and noted):
+            note(arrived)
+
+    exchange.on_sent(sent)
+    return leaving
 
 
 class Retries:

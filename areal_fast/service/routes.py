@@ -7,6 +7,8 @@ the rule itself. Unknown path: 404; known path, other method: 405 with Allow. So
 
 from __future__ import annotations
 
+import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,8 @@ from areal_fast.protocol import messages
 from areal_fast.service import auth
 from areal_fast.service.answers import answer_error, refuse, refuse_data, respond_json, when_free
 from areal_fast.service.meters import EXPORTS_DELIVERED, EXPORTS_UNDELIVERED, SESSIONS_STARTED
+from areal_fast.shards import raw
+from areal_fast.shards.store import checked_name
 
 if TYPE_CHECKING:
     from areal_fast.http import Exchange
@@ -26,13 +30,19 @@ if TYPE_CHECKING:
     from areal_fast.service.control import Control
     from areal_fast.service.health import Health
     from areal_fast.service.log import Log
-    from areal_fast.shards import ShardStore
+    from areal_fast.shards import Outgoing, RawOutgoing, ShardStore
     from areal_fast.store import SessionStore
 
 Handler = Callable[["Exchange"], Awaitable[None] | None]
 
 OCTETS = b"application/octet-stream"
+JSON_TYPE = b"application/json"
+RAW = raw.MEDIA_TYPE.encode()
+MAX_RAW_HEADER_BYTES = 2 << 20
+"""Of a file that is put: its header (some 20,000 tensors) is read in one go, and the loop waits for it."""
 LET_GO_S = 0.25
+SENT_AT_ONCE = 1 << 21
+SENT_A_TURN = 1 << 20
 """How long an export that removes a session waits for another worker, which has answered its request, to let
 go of the session. One still held after that has a turn in flight, and stays."""
 NOT_A_LIST = "'shard_ids' must be a list"
@@ -85,6 +95,8 @@ class Routes:
         }
         shard: dict[str, Handler] = {"GET": self.get_shard, "PUT": self.put_shard}
         self._shard = shard
+        if "/data/ways" in self._table:
+            self._table["/data/ways"] = {**shard, **self._table["/data/ways"]}
         self._table["/data/batch"] = {**shard, "POST": self.batch}
         self._table["/data/clear"] = {**shard, "DELETE": self.clear}
 
@@ -221,7 +233,12 @@ class Routes:
 
     # -- shards ----------------------------------------------------------------------------------------
     def put_shard(self, exchange: Exchange) -> Awaitable[None] | None:
+        """JSON of one tensor; or a safetensors file of one, whatever its name there, and under /data/batch of
+        any number, each stored under its name. Nothing of a file with a fault in it is stored; of one that
+        the arena has no room for (507), what came before."""
         shard_id = exchange.path[6:]
+        if media_type(exchange.headers.get(b"content-type")) == RAW:
+            return self._put_raw(exchange, shard_id)
 
         def attempt() -> None:
             try:
@@ -233,23 +250,55 @@ class Routes:
 
         return self._at_once_or_later(attempt)
 
-    def get_shard(self, exchange: Exchange) -> None:
+    def _put_raw(self, exchange: Exchange, shard_id: str) -> Awaitable[None] | None:
+        many = shard_id == "batch"
+        try:
+            entries, data = raw.parse(exchange.body, MAX_RAW_HEADER_BYTES)
+            if not many and len(entries) != 1:
+                raise ShardRejected(f"The file holds {len(entries)} tensors; one is stored under one id")
+            for entry in entries:
+                checked_name(entry.name if many else shard_id)
+        except ShardRejected as error:
+            refuse_data(exchange, 400, str(error))
+            return None
+        named: dict[str, Any] = {"shard_ids": [e.name for e in entries]} if many else {"shard_id": shard_id}
+        left = entries[::-1]
+
+        def attempt() -> None:
+            while left:
+                name, what, start, stop = left[-1]
+                self._shards.put(name if many else shard_id, what, data[start:stop])
+                left.pop()
+            respond_json(exchange, {**named, "status": "ok"})
+
+        return self._at_once_or_later(attempt)
+
+    def get_shard(self, exchange: Exchange) -> Awaitable[None] | None:
         shard_id = exchange.path[6:]
+        if wants_raw(exchange.headers.get(b"accept")) and "\0" not in shard_id:
+            try:
+                return _send(exchange, self._shards.raw([shard_id]), RAW)
+            except ShardsNotFound:
+                refuse_data(exchange, 404, f"Shard {shard_id} not found")
+                return None
         found = None if "\0" in shard_id else self._shards.get_json(shard_id)
         if found is None:
             refuse_data(exchange, 404, f"Shard {shard_id} not found")
-        else:
-            exchange.respond(200, found, OCTETS)
+            return None
+        return _send(exchange, found)
 
-    def batch(self, exchange: Exchange) -> None:
+    def batch(self, exchange: Exchange) -> Awaitable[None] | None:
         shard_ids = _shard_ids(exchange)
         if shard_ids is None or not all(isinstance(shard_id, str) for shard_id in shard_ids):
             refuse_data(exchange, 400, NOT_A_STRING_LIST)
-            return
+            return None
         try:
-            exchange.respond(200, self._shards.batch_json(shard_ids), OCTETS)
+            if wants_raw(exchange.headers.get(b"accept")):
+                return _send(exchange, self._shards.raw(shard_ids), RAW)
+            return _send(exchange, self._shards.batch_json(shard_ids))
         except ShardsNotFound as error:
             refuse_data(exchange, 400, str(error), missing_shard_ids=error.shard_ids)
+            return None
 
     def clear(self, exchange: Exchange) -> Awaitable[None] | None:
         shard_ids = _shard_ids(exchange)
@@ -274,13 +323,66 @@ class Routes:
         return self._at_once_or_later(attempt)
 
 
+def media_type(value: bytes | None) -> bytes:
+    """Of a Content-Type, without its parameters."""
+    return (value or b"").split(b";", 1)[0].strip().lower()
+
+
+def wants_raw(accept: bytes | None) -> bool:
+    """Whether an Accept names the raw form, and no form of JSON that it likes better. A wildcard names
+    nothing: JSON is what every AReaL client can read. Source: RFC 9110, 12.5.1."""
+    if accept is None or RAW not in accept.lower():
+        return False
+    liked = {RAW: 0.0, OCTETS: 0.0, JSON_TYPE: 0.0}
+    for item in accept.split(b","):
+        name, *parameters = (part.strip().lower() for part in item.split(b";"))
+        if name in liked:
+            weights = [_weight(p[2:]) for p in parameters if p.startswith(b"q=")]
+            liked[name] = weights[0] if weights else 1.0
+    return liked[RAW] > 0 and liked[RAW] >= max(liked[OCTETS], liked[JSON_TYPE])
+
+
+def _weight(text: bytes) -> float:
+    return float(text) if re.fullmatch(rb"[01](\.[0-9]{0,3})?", text) else 0.0
+
+
+def _send(
+    exchange: Exchange, found: Outgoing | RawOutgoing, content_type: bytes = OCTETS
+) -> Awaitable[None] | None:
+    """Answer with shards: at once if they are small, else as fast as the client takes them."""
+    if found.size <= SENT_AT_ONCE:
+        exchange.respond(200, found.whole(), content_type)
+        return None
+    return _stream(exchange, found, content_type)
+
+
+async def _stream(exchange: Exchange, found: Outgoing | RawOutgoing, content_type: bytes) -> None:
+    """The loop is left to others after every MiB, and whenever the client is slower."""
+    try:
+        exchange.start(200, content_type, size=found.size)
+        turn = 0
+        for piece in found.pieces():
+            exchange.write(piece)
+            await exchange.drain()
+            if exchange.gone:
+                exchange.fail()
+                return
+            turn += len(piece)
+            if turn > SENT_A_TURN:
+                turn = 0
+                await asyncio.sleep(0)
+        exchange.finish()
+    finally:
+        found.close()
+
+
 def _configure(exchange: Exchange) -> None:
     respond_json(exchange, {"status": "ok"})
 
 
 def _shard_ids(exchange: Exchange) -> list[Any] | None:
     """The list in a JSON body `{"shard_ids": […]}` of JSON content type, or None."""
-    kind = (exchange.headers.get(b"content-type") or b"").split(b";", 1)[0].strip().lower()
+    kind = media_type(exchange.headers.get(b"content-type"))
     if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
         return None
     try:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import secrets
 import select
 import signal
 import socket
@@ -31,9 +32,11 @@ import msgspec
 from areal_fast import config
 from areal_fast.config import Settings
 from areal_fast.core import PROC_CLEANER, PROC_SUPERVISOR, Arena, CoreError, IndexBusy
+from areal_fast.service.holder import Holder
 from areal_fast.service.log import Log
 from areal_fast.service.processes import TICK_S, Process, Role, spawn, spawn_engine
 from areal_fast.service.words import TREE_SIGNALLED
+from areal_fast.shards.store import DEATHS
 
 BACKLOG: Final = 4096
 MAX_FILES: Final = 1 << 18
@@ -134,6 +137,8 @@ class Supervisor:
             size = self.settings.arena_max_bytes
             raise StartError(f"cannot create an arena of {size} bytes: {error}") from None
         self._arena.proc_enter(os.getpid())
+        self._holder = Holder(self._arena, self.settings.arena_max_bytes)
+        self._local_listener = listen_locally()
         self._wake_r, wake_w = socket.socketpair()
         self._wake_r.setblocking(False)
         wake_w.setblocking(False)
@@ -151,7 +156,8 @@ class Supervisor:
             signal.set_wakeup_fd(before)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            for sock in (self._wake_r, wake_w, self._listener, self._engine_listener):
+            self._holder.close()
+            for sock in (self._wake_r, wake_w, self._listener, self._engine_listener, self._local_listener):
                 if sock is not None:
                     sock.close()
             self._arena.close()
@@ -241,6 +247,7 @@ class Supervisor:
                     self.tick,
                     arena_fd=self._arena.fileno(),
                     listen_fd=self._listener.fileno() if worker else -1,
+                    local_fd=self._local_listener.fileno() if worker else -1,
                 )
             else:
                 assert self._engine_listener is not None
@@ -311,6 +318,8 @@ class Supervisor:
         elif said == "status":
             self.cleanup = message.get("status") or {}
             self._dirty = True
+        elif said in ("hold", "placed", "dropped"):
+            self._holder.heard(process, message)
         elif said == "change":
             self._change(process, int(message["token"]), message["values"])
         elif said == "applied":
@@ -366,6 +375,7 @@ class Supervisor:
         self.changes = [change for change in self.changes if change.asker is not process]
         ready_for = process.ready_for_s(time.monotonic())
         why = process.reap()
+        self._holder.died(process)
         role = process.role
         self._dirty = True
         if process in self.parked:
@@ -387,6 +397,7 @@ class Supervisor:
         try:
             if death.role.beats:
                 swept = {name: count for name, count in self._arena.sweep(death.proc).items() if count}
+                self._arena.add_word(DEATHS, 1)
         except IndexBusy:
             self.unswept.append(death)
             return
@@ -415,6 +426,7 @@ class Supervisor:
             self._bury(death)
         if self.stop is None:
             self.signals.append(self._arena.word(TREE_SIGNALLED))
+        self._holder.reconcile()
         lock_owner = self._arena.lock_owner()
         for role in self.roles:
             process = role.process
@@ -567,6 +579,14 @@ def _allow_many_files() -> None:
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def listen_locally() -> socket.socket:
+    """The socket of clients on this host (service/local.py): no file, and a name that nobody can guess."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.bind(b"\0areal_fast-" + secrets.token_hex(16).encode())
+    sock.listen(BACKLOG)
+    return sock
 
 
 def listen(host: str, port: int) -> socket.socket:

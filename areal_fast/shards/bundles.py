@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import re
 import secrets
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from areal_fast.protocol import wire
 from areal_fast.protocol.export import DTYPES, ITEMSIZE, NAMES, NAMES_V2, PER_ROW, Row, Rows
+from areal_fast.shards.outgoing import Part
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -90,20 +92,22 @@ def split_id(shard_id: str) -> tuple[bytes, int] | None:
 
 
 class Bundle:
-    """A bundle being read: makes the tensors of its parts, remembering what several parts need."""
+    """A bundle being read: finds its parts, remembering what several of them need."""
 
     def __init__(self, meta: BundleMeta, data: Buffer) -> None:
         self.meta = meta
         self._rows = Rows(meta.rows, data)
 
-    def parts_json(self, part: int) -> tuple[bytes, ...]:
-        """The tensor of one part as JSON, in pieces."""
+    def part(self, part: int) -> Part:
+        """One part, its tensor to be made when it is sent."""
         row, at = divmod(part, len(self.meta.names))
         name = self.meta.names[at]
+        rows = self.meta.rows
+        make: Callable[[], Any]
         if self.meta.kind == "batch":
-            array = self._rows.batch(name)
-            shape = tuple(array.shape)
+            make = partial(self._rows.batch, name)
+            shape = (len(rows),) if name in PER_ROW else (len(rows), max((r.length for r in rows), default=0))
         else:
-            array = self._rows.array(row, name)
-            shape = (1,) if name in PER_ROW else (1, len(array))
-        return wire.tensor_parts(array.data, shape, DTYPES[name])
+            make = partial(self._rows.array, row, name)
+            shape = (1,) if name in PER_ROW else (1, rows[row].length)
+        return Part(DTYPES[name], shape, "own", self.meta.part_bytes(part), make)

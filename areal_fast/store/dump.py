@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pybase64
 
+from areal_fast.core import base64_encode
 from areal_fast.protocol.export import DTYPES, NAMES, Row, discounted, row_array
 from areal_fast.protocol.sessions import Interaction, SessionState, Trajectory
 from areal_fast.protocol.wire import FloatArray, IntArray
@@ -99,9 +99,9 @@ def _tensors(
     for name in NAMES:
         array = row_array(row, ids, logprobs, name)
         sizes = b"1" if name == "rewards" else b"1, %d" % row.length
-        yield b'%b%b": {"type": "tensor", "data": "' % (lead, name.encode())
-        yield pybase64.b64encode(array.data)
-        yield b'", "shape": [%b], "dtype": "torch.%b"}' % (sizes, DTYPES[name].encode())
+        before = b'%b%b": {"type": "tensor", "data": "' % (lead, name.encode())
+        after = b'", "shape": [%b], "dtype": "torch.%b"}' % (sizes, DTYPES[name].encode())
+        yield base64_encode(array.data, before, after)
         lead = b', "'
     yield b"}"
 

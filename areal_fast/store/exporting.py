@@ -6,9 +6,9 @@ aborts the txn word and everything is ready again. `Export.delivered` (the reply
 word, which exports all of it at once and removes the sessions flagged so; `undelivered` takes it back.
 
 This is how a reply that never arrived is replayed to an identical request, removal included: nothing has
-changed for it, so it is made again from the same records, whenever it comes and by whichever worker. What has
-become ready in between counts: without a trajectory_id the newest is meant, and the one whose reply was lost
-stays ready for the next request.
+changed for it, so it is made again from the same records, by whichever worker. The EXPORTING record, which
+stays in the log though it was taken back, says which trajectory that request was given: for 60 s it is given
+the same one, though a newer one may have become ready, which then is the next request's.
 
 The sessions stay pinned from begin to end: the cleaner leaves them alone, and a sweep finds what a dead
 exporter had committed. EXPORTING records are appended in slot order, so that of two exports over the same
@@ -20,6 +20,7 @@ left and nobody else uses it; without one the session goes, in the list dialects
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -120,10 +121,11 @@ def begin(store: SessionStore, request: ExportRequest, *, patient: bool = False)
     taken: list[_Taken] = []
     txn = 0
     bundles: list[str] = []
+    asked = hashlib.blake2b(rec.pack(request), digest_size=16).digest()
     try:
         txn = store.arena.txn_begin() if sessions else 0
         for session in sorted(sessions, key=lambda s: s.slot):
-            taken.append(_take(store, request, session, txn, patient))
+            taken.append(_take(store, request, asked, session, txn, patient))
         order = {session.slot: i for i, session in enumerate(sessions)}
         taken.sort(key=lambda t: order[t.session.slot])
         items = _collect(store, request, taken)
@@ -155,13 +157,17 @@ def _open(store: SessionStore, request: ExportRequest) -> list[Session]:
     return sessions
 
 
-def _take(store: SessionStore, request: ExportRequest, session: Session, txn: int, patient: bool) -> _Taken:
-    """Decide for one session and append its EXPORTING record, if it needs one."""
+def _take(
+    store: SessionStore, request: ExportRequest, asked: bytes, session: Session, txn: int, patient: bool
+) -> _Taken:
+    """Decide for one session and append its EXPORTING record, if it needs one. `asked`: the request's
+    hash."""
     while True:
+        now_ns = store.now_ns()
         state = store.fold(session.slot, session.session_id).state
         trajectory: Trajectory | None
         try:
-            trajectory = state.exportable(session.session_id, request.trajectory_id)
+            trajectory = state.exportable(session.session_id, request.trajectory_id, asked, now_ns)
         except (NoReadyTrajectories, TrajectoryNotFound):
             if request.dialect == "pr1268":
                 raise
@@ -182,7 +188,7 @@ def _take(store: SessionStore, request: ExportRequest, session: Session, txn: in
             store.arena.append(
                 session.slot,
                 rec.EXPORTING,
-                rec.pack(rec.Exporting(index)),
+                rec.pack(rec.Exporting(index, asked, now_ns)),
                 expect=state.head,
                 aux=txn,
                 flags=FLAG_REMOVE if remove else 0,

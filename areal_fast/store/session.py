@@ -141,8 +141,8 @@ class Session:
             return Twin(found.interaction_id, ids, found.meta.prompt_len, found.meta.stop_reason, place)
 
     def fate(self, place: tuple[int, int]) -> Callable[[bool], None]:
-        """To be called, once, with what became of the reply of (trajectory, ordinal): whether it arrived.
-        Nothing is pinned until then."""
+        """To be called with what becomes of the reply of (trajectory, ordinal): True when it is on its way or
+        arrived, False when it is lost; the last word counts. Nothing is pinned until then."""
         arena, slot = self._store.arena, self.slot
         created_ns = arena.slot_info(slot).created_ns
 

@@ -104,6 +104,7 @@ int main(int argc, char **argv) {
         void (*seeded)(uint64_t);
     } tests[] = {
         {"checksum", test_checksum, NULL},
+        {"base64", NULL, test_base64},
         {"attach", test_attach, NULL},
         {"words_and_processes", test_words_and_processes, NULL},
         {"start", test_start, NULL},

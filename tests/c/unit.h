@@ -14,6 +14,7 @@ void test_close_and_pins(void);
 void test_twenty_thousand(void);
 void test_long_names(void);
 void test_detach(void);
+void test_base64(uint64_t seed);
 void test_append_and_read(void);
 void test_small_records_share(void);
 void test_reservations(void);

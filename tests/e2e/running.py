@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 ADMIN = "test-admin-key"
-WATCHDOG_S = 40.0
+WATCHDOG_S = 90.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -90,7 +90,9 @@ class Proxy:
         command = [
             sys.executable, "-m", "areal_fast",
             "--host", "127.0.0.1", "--port", "0", "--admin-api-key", ADMIN, "--backend-addr", "embedded",
-            "--workers", str(workers), "--arena-max-bytes", "256M", "--log-level", log_level, *flags,
+            "--workers", str(workers), "--arena-max-bytes", "256M", "--log-level", log_level,
+            "--hang-timeout-seconds", "60",  # nobody is taken for hung who only waits for a core
+            *flags,
         ]  # fmt: skip
         # not a preexec_fn, which is unsafe with threads
         prefix = ["prlimit", f"--nofile={hard_descriptors}"] if hard_descriptors else []
@@ -151,6 +153,10 @@ class Proxy:
         self._deaf.set()
         self._reader.join(WATCHDOG_S)
 
+    def logged(self, pattern: str) -> list[re.Match[str]]:
+        """Matches of a pattern in the log's lines, waited for: reading takes a moment."""
+        return wait_until(lambda: self.log(pattern), f"{pattern!r} is logged")
+
     def log(self, pattern: str) -> list[re.Match[str]]:
         """Matches of a pattern in the log's lines so far."""
         return [match for line in list(self.lines) if (match := re.search(pattern, line))]
@@ -162,7 +168,7 @@ class Proxy:
             self.process.kill()
         self.process.wait(WATCHDOG_S)
         try:
-            wait_until(lambda: not list(filter(alive, self._pids)), "the whole tree is gone", 10.0)
+            wait_until(lambda: not list(filter(alive, self._pids)), "the whole tree is gone")
         finally:
             for pid in filter(alive, self._pids):
                 with contextlib.suppress(ProcessLookupError):
@@ -174,7 +180,10 @@ class Proxy:
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self, timeout_s: float = WATCHDOG_S) -> int:
-        return self.process.wait(timeout_s)
+        """Its exit status, once it and all it started have ended and the last line they wrote was read."""
+        status = self.process.wait(timeout_s)
+        self._reader.join(timeout_s)
+        return status
 
     # -- asking ----------------------------------------------------------------------------------------
     def connection(self, timeout_s: float = WATCHDOG_S) -> http.client.HTTPConnection:
@@ -188,10 +197,11 @@ class Proxy:
         *,
         key: str | None = None,
         over: http.client.HTTPConnection | None = None,
+        headers: dict[str, str] | None = None,
     ) -> Answer:
-        """One request, over a connection of its own unless one is given."""
+        """One request, over a connection of its own unless one is given. `headers` instead of JSON's."""
         connection = over or self.connection()
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json"} if headers is None else dict(headers)
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
@@ -229,8 +239,30 @@ class Proxy:
     def worker_pids(self) -> list[int]:
         return [row["pid"] for row in self.health()["workers"] if row["pid"] and row["state"] == "ready"]
 
+    def kill(self, *pids: int) -> None:
+        """SIGKILL, and wait until they are dead: a request made after this cannot reach them any more."""
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(map(alive, pids)), f"{pids} are dead")
+
     def cleaner_pid(self) -> int:
-        return wait_until(lambda: self.health()["cleaner"]["pid"] or 0, "there is a cleaner")
+        def living() -> int:
+            pid = self.health()["cleaner"]["pid"]
+            return pid if pid and alive(pid) else 0
+
+        return wait_until(living, "there is a cleaner")
+
+    @contextlib.contextmanager
+    def cleaner_held(self) -> Iterator[None]:
+        """Nothing goes stale in here, however slow the machine is: the cleaner is stopped. What has not been
+        touched for the session timeout when it goes on is stale at once. (Shorter than the hang timeout.)"""
+        pid = self.cleaner_pid()
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
     @contextlib.contextmanager
     def each_worker(self) -> Iterator[dict[int, http.client.HTTPConnection]]:

@@ -71,7 +71,7 @@ class Openai:
 
     def __init__(self, proxy: Proxy, key: str) -> None:
         self.client = openai.OpenAI(
-            base_url=f"http://127.0.0.1:{proxy.port}/v1", api_key=key, max_retries=0, timeout=30
+            base_url=f"http://127.0.0.1:{proxy.port}/v1", api_key=key, max_retries=0, timeout=90
         )
 
     def __enter__(self) -> openai.OpenAI:
@@ -82,7 +82,7 @@ class Openai:
 
 
 def anthropic_client(proxy: Proxy, **key: str) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=f"http://127.0.0.1:{proxy.port}", max_retries=0, timeout=30, **key)
+    return anthropic.Anthropic(base_url=f"http://127.0.0.1:{proxy.port}", max_retries=0, timeout=90, **key)
 
 
 # -- one episode, in each API

@@ -32,8 +32,7 @@ def test_it_is_posted_until_it_is_taken_and_never_again() -> None:
         proxy.chat(key)
         proxy.reward(key)
         wait_until(lambda: (session_id, 1) in told(receiver), "the next trajectory")
-        for pid in proxy.worker_pids():
-            os.kill(pid, signal.SIGKILL)
+        proxy.kill(*proxy.worker_pids())
         _, other = proxy.start("later")
         wait_until(lambda: proxy.chat(other).status == 200, "a worker answers again")
         proxy.reward(other)

@@ -27,7 +27,7 @@ def test_a_small_day(tmp_path: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
@@ -47,7 +47,7 @@ def test_a_small_day(tmp_path: Path) -> None:
     "flags", [["--agents", "1"], ["--workers", "1"], ["--nothing"], ["--folder", os.sep]]
 )
 def test_a_bad_command_line_is_status_2(flags: list[str]) -> None:
-    done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=200)
     assert done.returncode == 2
     assert "error" in done.stderr and "Traceback" not in done.stderr
 
@@ -56,7 +56,7 @@ def test_a_proxy_that_cannot_start_is_said_in_one_line(tmp_path: Path) -> None:
     blocker = tmp_path / "not-a-folder"
     blocker.write_text("in the way")
     done = subprocess.run(
-        [*COMMAND, "--folder", str(blocker / "day")], capture_output=True, text=True, timeout=60
+        [*COMMAND, "--folder", str(blocker / "day")], capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 1
     assert "FAILED" in done.stdout and "Traceback" not in done.stdout + done.stderr

@@ -49,8 +49,7 @@ def test_a_chat_that_was_answered_is_a_new_sample_though_its_worker_died() -> No
             ids = {proxy.chat(key, over=connection).json["id"] for connection in workers.values()}
             for connection in workers.values():  # a connection's next request comes after the reply is noted
                 assert proxy.ask("GET", "/health", over=connection).status == 200
-            for pid in workers:
-                os.kill(pid, signal.SIGKILL)
+            proxy.kill(*workers)
         wait_until(lambda: len(set(proxy.worker_pids()) - set(workers)) == 2, "both have successors")
         assert proxy.chat(key).json["id"] not in ids
         assert len(ids) == 2

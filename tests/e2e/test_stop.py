@@ -10,12 +10,11 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.running import ADMIN, ROOT, Proxy, descendants, wait_until
+from tests.e2e.running import ADMIN, ROOT, WATCHDOG_S, Proxy, descendants, wait_until
 
 
 def refused(*flags: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
@@ -25,7 +24,7 @@ def refused(*flags: str, environment: dict[str, str] | None = None) -> tuple[int
         cwd=ROOT,
         env={**os.environ, **(environment or {})},
         capture_output=True,
-        timeout=30,
+        timeout=WATCHDOG_S,
         check=False,
     )
     return found.returncode, found.stderr.decode()
@@ -45,12 +44,10 @@ def test_a_port_in_use_is_one_line_and_status_1() -> None:
 @pytest.mark.parametrize("make", [lambda p: p / "nowhere", lambda p: p])
 def test_a_tokenizer_that_does_not_load_is_one_line_and_status_1(tmp_path: Path, make: object) -> None:
     path = make(tmp_path)  # type: ignore[operator]
-    begun = time.monotonic()
     status, text = refused("--backend-addr", "http://127.0.0.1:1", "--tokenizer-path", str(path))
     assert status == 1
     (line,) = text.splitlines()
     assert line.startswith(f"areal-fast: error: cannot load the tokenizer '{path}': ")
-    assert time.monotonic() - begun < 15
 
 
 def test_a_bad_flag_is_one_line_and_status_2() -> None:
@@ -88,7 +85,7 @@ def test_a_broken_stderr_harms_nobody() -> None:
         _, key = proxy.start("t")
         pid = proxy.worker_pids()[0]
         proxy.deafen()
-        os.kill(pid, signal.SIGKILL)
+        proxy.kill(pid)
         wait_until(lambda: len(p := proxy.worker_pids()) == 2 and pid not in p, "it was replaced")
         assert proxy.chat(key).status == 200
         proxy.terminate()
@@ -109,7 +106,7 @@ def test_sigterm_drains_dumps_and_exits_0(tmp_path: Path) -> None:
         wait_until(lambda: proxy.engine_stats()["in_flight"] == 1, "the engine has the request")
         proxy.terminate()
         wait_until(lambda: refuses(proxy), "nobody new is let in")
-        waiting.join(20)
+        waiting.join(WATCHDOG_S)
         assert answers[0].status == 200
         assert proxy.wait() == 0
         files = {path.name: list(json.loads(path.read_text())) for path in tmp_path.iterdir()}
@@ -130,18 +127,16 @@ def refuses(proxy: Proxy) -> bool:
 
 
 def test_a_second_sigterm_hurries(tmp_path: Path) -> None:
-    with Proxy("--stale-session-dump-path", str(tmp_path), "--drain-seconds", "60") as proxy:
+    with Proxy("--stale-session-dump-path", str(tmp_path), "--drain-seconds", "600") as proxy:
         _, key = proxy.start("t")
         assert proxy.chat(key).status == 200
-        proxy.engine(request_latency_s=100.0)
+        proxy.engine(request_latency_s=3600)
         threading.Thread(target=lambda: ignore_broken(proxy, key), daemon=True).start()
         wait_until(lambda: proxy.engine_stats()["in_flight"] == 1, "the engine has the request")
         proxy.terminate()
         wait_until(lambda: refuses(proxy), "it drains")
-        begun = time.monotonic()
         proxy.terminate()
-        assert proxy.wait() == 0
-        assert time.monotonic() - begun < 15, "far from the 60 s it had"
+        assert proxy.wait() == 0, "the watchdog is far from the 600 s it had"
         assert [path.name for path in tmp_path.iterdir()] == ["t-0-active.json"]
         assert proxy.log("unfinished_requests=1 dumped_sessions=1")
 
@@ -154,20 +149,19 @@ def ignore_broken(proxy: Proxy, key: str) -> None:
 
 
 def test_a_guard_that_signals_the_whole_tree_is_hurried_for(tmp_path: Path) -> None:
-    with Proxy("--stale-session-dump-path", str(tmp_path), "--drain-seconds", "60") as proxy:
+    with Proxy("--stale-session-dump-path", str(tmp_path), "--drain-seconds", "600") as proxy:
         keys = [proxy.start(f"t{i}")[1] for i in range(20)]
         for key in keys:
             assert proxy.chat(key).status == 200
-        proxy.engine(request_latency_s=100.0)
+        proxy.engine(request_latency_s=3600)
         threading.Thread(target=lambda: ignore_broken(proxy, keys[0]), daemon=True).start()
         wait_until(lambda: proxy.engine_stats()["in_flight"] == 1, "the engine has the request")
         for pid in descendants(proxy.pid):
             os.kill(pid, signal.SIGTERM)
         proxy.terminate()
-        assert proxy.wait(20) == 0
+        assert proxy.wait() == 0, "the watchdog is far from the 600 s that it may take without haste"
         assert len(list(tmp_path.iterdir())) == 20
-        (line,) = proxy.log(r"stopped status=0 seconds=([\d.]+)")
-        assert float(line.group(1)) < 15, "not the 60 s that it may take without haste"
+        assert proxy.log(r"stopped status=0 ")
 
 
 def test_what_cannot_be_dumped_at_the_end_is_reported(tmp_path: Path) -> None:
@@ -187,7 +181,7 @@ def test_a_stop_during_the_start() -> None:
     try:
         wait_until(lambda: proxy.log("started role=worker-0"), "a worker has been started")
         proxy.terminate()
-        assert proxy.wait(20) == 0
+        assert proxy.wait() == 0
     finally:
         proxy.end()
 
@@ -196,7 +190,7 @@ def test_sigint_stops_too_and_without_a_dump_path_at_once() -> None:
     with Proxy(workers=1) as proxy:
         proxy.start("t")
         proxy.process.send_signal(signal.SIGINT)
-        assert proxy.wait(10) == 0
+        assert proxy.wait() == 0
         assert proxy.log("stopping by=SIGINT")
 
 

@@ -59,6 +59,7 @@ class Model:
     last: str = ""
     due_ns: int = 0
     exporting: dict[int, set[int]] = field(default_factory=dict)
+    lost: dict[Any, tuple[int, int]] = field(default_factory=dict)
     removing: bool = False
     turns: int = 0
 
@@ -100,12 +101,15 @@ class Model:
         self.close()
         return self.index - 1, count, True
 
-    def choose(self, trajectory_id: int | None) -> int | str | None:
+    def choose(self, trajectory_id: int | None, asked: Any, now_ns: int) -> int | str | None:
         if self.removing:
             return None
         if not self.ready:
             return "No ready trajectories"
         index = max(self.ready) if trajectory_id is None else trajectory_id
+        lost, since_ns = self.lost.get(asked, (-1, 0))
+        if trajectory_id is None and lost in self.ready and now_ns - since_ns < 60 * 10**9:
+            index = lost
         if index not in self.ready:
             return f"Trajectory {index} not found"
         return None if index in self.exporting else index
@@ -321,7 +325,8 @@ class StoreMachine(RuleBasedStateMachine):
         sid = self.pick(n)
         store, model = self.stores[which], self.model(sid)
         assert model is not None
-        want = model.choose(named)
+        asked = named, discount, remove
+        want = model.choose(named, asked, self.clock.ns)
         try:
             export = ask(store, sid, trajectory_id=named, discount=discount, remove_session=remove)
         except ExportBusy:
@@ -343,7 +348,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert fetch(store, item["tensor_dict"]["input_ids"])[0].tolist() == life.ids
         model.exporting[want] = set(model.ready[want])
         model.removing |= remove
-        opened = Open(sid, store, (export, model), want, remove)
+        opened = Open(sid, store, (export, model, asked, self.clock.ns), want, remove)
         self.pinned.append(opened)
         return opened
 
@@ -355,14 +360,16 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(opened=consumes(exports), arrived=st.booleans())
     def end_export(self, opened: Open, arrived: bool) -> None:
-        export, model = opened.what
+        export, model, asked, since_ns = opened.what
         self.pinned.remove(opened)
         if opened.removes:
             model.removing = False
         if not arrived:
             export.undelivered()
             del model.exporting[opened.index]
+            model.lost[asked] = opened.index, since_ns
             return
+        model.lost.pop(asked, None)
         export.delivered()
         model.exported(opened.index)
         if opened.removes and self.models.get(opened.sid) is model:

@@ -24,7 +24,7 @@ from differences import DIFFERENCES, HELLO, OBSERVATIONS, PLANS, RULES, Differs,
 from exchange import Names, Reply, Step, Transcript, compare, events, match, send
 from standin import EOS, Answer, Call, StandIn
 
-POLL_TIMEOUT_S = 30.0
+POLL_TIMEOUT_S = 90.0
 POLL_PAUSE_S = 0.05
 HELD = ("sessions_closing", "sessions_detached", "sessions_dumped")
 CHAT_PATHS = ("/chat/completions", "/v1/chat/completions")

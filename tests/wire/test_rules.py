@@ -240,6 +240,26 @@ def test_an_export_whose_reply_was_never_read_is_given_again(
     assert admin("POST", "/export_trajectories", request).status == 404
 
 
+def test_a_lost_reply_is_replayed_although_something_newer_became_ready(
+    engine: StandIn, session: tuple[str, Client], admin: Client
+) -> None:
+    """Export: replayed to an identical request; one that did arrive is gone, and an identical request means
+    the next.
+    """
+    name, client = session
+    turns = 300
+    engine.answer_always(lambda call: Answer(WORDS))
+    for turn in range(turns):
+        assert client.chat(f"turn {turn}").status == 200
+    client.reward(1.0)
+    request = {"session_id": name}
+    hang_up_after_sending(admin, "POST", "/export_trajectories", request)
+    assert client.chat("next episode").status == 200
+    assert client.reward(2.0).json()["trajectory_id"] == 1
+    sizes = [len(admin("POST", "/export_trajectories", request).json()["interactions"]) for _ in range(2)]
+    assert sizes == [turns, 1]
+
+
 def test_removal_with_a_trajectory_takes_only_that(
     engine: StandIn, session: tuple[str, Client], admin: Client
 ) -> None:

@@ -314,7 +314,7 @@ print("fine")
 
 def test_a_forked_child_has_no_handle():
     run = subprocess.run(
-        [sys.executable, "-c", FORK], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", FORK], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
     )
     assert (run.stdout, run.stderr, run.returncode) == ("fine\n", "", 0)
 

@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import random
-import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -349,10 +348,8 @@ def test_files_that_are_none(folder: Path, run: Run) -> None:
 def test_a_huge_file_is_not_read(folder: Path, run: Run) -> None:
     with open(folder / "huge-0-active.json", "wb") as file:
         file.truncate(1 << 40)
-    began = time.monotonic()
-    status, out, _ = run("verify", folder)
+    status, out, _ = run("verify", folder)  # reading it would take longer than any watchdog
     assert status == 1 and "are more than --max-file-bytes" in out
-    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("command", ["list", "show", "verify"])
@@ -381,9 +378,28 @@ def test_every_truncation_is_found(folder: Path, run: Run, written: dict[str, by
         assert status == 1 and out.startswith(str(folder / GOOD)), cut
 
 
-def test_damaged_bytes_never_raise(folder: Path, run: Run, written: dict[str, bytes]) -> None:
-    seed = struct.unpack("<I", os.urandom(4))[0]
-    print("seed", seed)
+@pytest.mark.parametrize("form", ["json", "safetensors", "npz"])
+@pytest.mark.parametrize("where", [b"chatcmpl-", b"input_ids"])
+def test_half_characters_in_names_can_be_exported(
+    folder: Path, run: Run, written: dict[str, bytes], form: str, where: bytes
+) -> None:
+    (folder / GOOD).write_bytes(written[GOOD].replace(where, b"\\ud800" + where, 1))
+    status, out, err = run("export", folder / GOOD, "-o", folder / f"out.{form}")
+    assert (status, err) == (0, ""), out
+
+
+def test_half_characters_in_names_can_be_told(folder: Path, run: Run, written: dict[str, bytes]) -> None:
+    """Of tensors that are known or not, of the right shape or not."""
+    text = written[GOOD].decode()
+    for old in ('"input_ids"', '"rewards"', '"attention_mask"'):
+        for shape in ("[1]", "[1, 2]", "[]"):
+            changed = text.replace(old, old[:-1] + '\\ud800"').replace('"shape": [1]', f'"shape": {shape}')
+            (folder / GOOD).write_text(changed)
+            for command in ("list", "show", "verify"):
+                assert run(command, folder / GOOD)[0] in (0, 1)
+
+
+def test_damaged_bytes_never_raise(folder: Path, run: Run, written: dict[str, bytes], seed: int) -> None:
     chance = random.Random(seed)
     for _ in range(300):
         data = bytearray(written[GOOD])

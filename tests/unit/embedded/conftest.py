@@ -16,7 +16,7 @@ import pytest
 
 from areal_fast.embedded.engine import Switches
 
-WATCHDOG_S = 20.0
+WATCHDOG_S = 90.0
 
 
 class Reply:

@@ -201,7 +201,7 @@ def test_while_paused_requests_wait(engine: Engine) -> None:
 
 def test_pausing_in_place_holds_and_goes_on(engine: Engine) -> None:
     whole = engine.generate(max_new_tokens=40, ignore_eos=True).json
-    engine.configure(token_latency_s=0.005)
+    engine.configure(token_latency_s=3600)
     running = engine.generate(max_new_tokens=40, ignore_eos=True, later=True)
     engine.wait(lambda stats: stats["in_flight"] == 1)
     engine.call("POST", "/pause_generation", {"mode": "in_place"})
@@ -348,6 +348,15 @@ def test_length_and_latency(engine: Engine) -> None:
     meta = engine.generate(max_new_tokens=100).json["meta_info"]
     assert (meta["completion_tokens"], meta["finish_reason"]["type"]) == (64, "stop")
     assert meta["e2e_latency"] >= 0.05 + 64 * 0.001
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_latency_that_is_lifted_ends_what_waits_for_it(engine: Engine, stream: bool) -> None:
+    engine.configure(request_latency_s=3600)
+    waiting = engine.generate(later=True, stream=stream)
+    engine.wait(lambda stats: stats["in_flight"] == 1)
+    engine.configure()
+    assert waiting.result(WATCHDOG_S).status == 200
 
 
 def test_bodies_are_kept_when_asked(engine: Engine) -> None:

@@ -16,7 +16,7 @@ from areal_fast.engine.sampling import Sampling
 from areal_fast.engine.segments import Prompt
 from areal_fast.http import Client, Exchange, Limits, Server
 
-WATCHDOG_S = 30
+WATCHDOG_S = 90
 PROMPT = Prompt.of([1, 2, 3])
 SAMPLING = Sampling(max_new_tokens=8, stop_token_ids=(9,))
 

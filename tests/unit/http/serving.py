@@ -14,7 +14,7 @@ import uvloop
 from areal_fast.http import Exchange, Limits, Server
 from areal_fast.http.server import Handler
 
-WATCHDOG_S = 30.0
+WATCHDOG_S = 90.0
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
@@ -118,7 +118,7 @@ class Serving:
     async def stop(self) -> None:
         for raw in self._raw:
             await raw.close()
-        await self.server.drain(1.0)
+        await self.server.drain(10.0)
         self.sock.close()
 
 

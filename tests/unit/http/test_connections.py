@@ -137,7 +137,7 @@ class TestTimeouts:
         async def handler(exchange: Exchange) -> None:
             exchange.on_sent(sent.append)
             if not streamed:
-                exchange.respond(200, b"x" * 50_000_000)
+                exchange.respond(200, b"x" * 40_000_000)
                 return
             exchange.start(200, b"text/plain")
             while not exchange.gone:
@@ -147,7 +147,7 @@ class TestTimeouts:
 
         async def main() -> None:
             async with serving(handler, QUICK) as served:
-                raw = await served.connect(rcvbuf=4096)
+                raw = await served.connect(rcvbuf=65536)
                 raw.writer.transport.pause_reading()
                 await raw.send(get())
                 await until(lambda: served.server.accepted == 1 and served.server.connections == 0)
@@ -190,10 +190,10 @@ class TestSent:
 
     def test_not_before_the_last_byte_left(self, run: Run) -> None:
         async def main() -> None:
-            gate = Gate(50_000_000)
+            gate = Gate(40_000_000)
             gate.go.set()
             async with serving(gate) as served:
-                raw = await served.connect(rcvbuf=4096)
+                raw = await served.connect(rcvbuf=65536)
                 raw.writer.transport.pause_reading()
                 await raw.send(get() + get())
                 await until(lambda: gate.exchange is not None and gate.exchange.finished)
@@ -211,10 +211,10 @@ class TestSent:
 
     def test_false_when_the_client_breaks_in_the_middle(self, run: Run) -> None:
         async def main() -> None:
-            gate = Gate(50_000_000)
+            gate = Gate(40_000_000)
             gate.go.set()
             async with serving(gate) as served:
-                raw = await served.connect(rcvbuf=4096)
+                raw = await served.connect(rcvbuf=65536)
                 await raw.send(get())
                 await raw.reader.read(1000)
                 raw.reset()
@@ -289,7 +289,7 @@ class TestHalfClose:
     def test_a_large_reply_too(self, run: Run) -> None:
         async def main() -> None:
             async with serving(lambda ex: ex.respond(200, b"x" * 20_000_000)) as served:
-                raw = await served.connect(rcvbuf=4096)
+                raw = await served.connect(rcvbuf=65536)
                 await raw.send(get() * 2)
                 raw.writer.write_eof()
                 for _ in range(2):
@@ -404,10 +404,10 @@ class TestDrain:
                 other = Server(lambda ex: ex.respond(202, b""))
                 with served.sock.dup() as shared:
                     await other.serve(shared)
-                    await served.server.drain(1.0)
+                    await served.server.drain(10.0)
                     for _ in range(5):
                         assert (await served.ask(get())).status == 202
-                    await other.drain(1.0)
+                    await other.drain(10.0)
 
         run(main())
 
@@ -500,7 +500,7 @@ def test_without_descriptors_clients_wait_in_the_backlog(run: Run, caplog: pytes
             server._watch()
             assert (await raw.reply()).status == 200
             await raw.close()
-            await server.drain(1.0)
+            await server.drain(10.0)
 
     run(main())
 
@@ -519,7 +519,7 @@ def test_two_servers_share_one_socket(run: Run) -> None:
                     assert (await raw.reply()).status == 200
                 assert served.server.accepted + other.accepted == 60
                 assert min(served.server.accepted, other.accepted) >= 10
-                await other.drain(1.0)
+                await other.drain(10.0)
 
     run(main())
 

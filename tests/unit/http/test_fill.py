@@ -31,10 +31,10 @@ def test_bodies_arrive_as_sent(run: Run, size: int) -> None:
 
         async with serving(handler) as served:
             client = Client(served.url)
-            reply = await client.request("PUT", "/", body, timeout_s=25)
+            reply = await client.request("PUT", "/", body, timeout_s=60)
             assert type(reply.body) is bytes
             assert reply.body == body
-            assert (await client.request("PUT", "/", b"x", timeout_s=25)).body == b"x"
+            assert (await client.request("PUT", "/", b"x", timeout_s=60)).body == b"x"
             assert client.stats.connects == 1
             client.close()
             assert not served.errors

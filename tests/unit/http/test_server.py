@@ -423,6 +423,47 @@ class TestStreams:
 
         run(main())
 
+    @pytest.mark.parametrize("version", ["1.0", "1.1"])
+    def test_a_size_known_beforehand_is_announced(self, run: Run, version: str) -> None:
+        async def handler(exchange: Exchange) -> None:
+            exchange.start(200, b"text/plain", size=300_003)
+            for piece in (b"a" * 100_001, b"", bytearray(b"b" * 200_002)):
+                exchange.write(piece)
+                await exchange.drain()
+            exchange.finish()
+
+        async def main() -> None:
+            async with serving(handler) as served:
+                raw = await served.connect()
+                for method in ("GET", "GET", "HEAD"):
+                    await raw.send(
+                        f"{method} / HTTP/{version}\r\nHost: x\r\nConnection: keep-alive\r\n\r\n".encode()
+                    )
+                    reply = await raw.reply(head_only=method == "HEAD")
+                    assert reply.headers[b"content-length"] == b"300003"
+                    assert b"transfer-encoding" not in reply.headers
+                    assert reply.body == (b"" if method == "HEAD" else b"a" * 100_001 + b"b" * 200_002)
+
+        run(main())
+
+    @pytest.mark.parametrize("written", [b"a" * 9, b"a" * 11])
+    def test_a_size_that_is_not_kept_breaks_the_reply(self, run: Run, written: bytes) -> None:
+        async def handler(exchange: Exchange) -> None:
+            exchange.start(200, b"text/plain", size=10)
+            exchange.write(written)
+            exchange.finish()
+
+        async def main() -> None:
+            async with serving(handler) as served:
+                raw = await served.connect()
+                await raw.send(get())
+                rest = await raw.ended()
+                assert b"content-length: 10" in rest
+                assert len(rest.partition(b"\r\n\r\n")[2]) < 10
+                assert len(served.errors) == 1
+
+        run(main())
+
     def test_http_10_streams_to_the_end_of_the_connection(self, run: Run) -> None:
         async def handler(exchange: Exchange) -> None:
             exchange.start(200, b"text/plain")

@@ -52,6 +52,7 @@ class FakeExchange:
             headers["authorization"] = f"Bearer {key}"
         self.headers = FakeHeaders(headers)
         self.status = 0
+        self.size: int | None = None
         self.answer = b""
         self.answer_headers: dict[bytes, bytes] = {}
         self.ended = False
@@ -70,9 +71,16 @@ class FakeExchange:
         self.status, self.answer, self.ended = status, body, True
         self.answer_headers = {b"content-type": content_type, **dict(headers)}
 
-    def start(self, status: int, content_type: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    def start(
+        self,
+        status: int,
+        content_type: bytes,
+        headers: Sequence[tuple[bytes, bytes]] = (),
+        *,
+        size: int | None = None,
+    ) -> None:
         assert self.status == 0, "answered twice"
-        self.status = status
+        self.status, self.size = status, size
         self.answer_headers = {b"content-type": content_type, **dict(headers)}
 
     def write(self, data: bytes) -> None:

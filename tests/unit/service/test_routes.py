@@ -251,6 +251,24 @@ def test_shards_come_back_as_they_were_put(service: Service) -> None:
     assert cleared.json == {"status": "ok", "cleared_count": 1, "num_tensors": 0, "total_bytes": 0}
 
 
+def test_large_shards_are_sent_as_they_are_encoded(service: Service) -> None:
+    raw = bytes(range(256)) * 8192
+    large = {
+        "type": "tensor",
+        "data": base64.b64encode(raw).decode(),
+        "shape": [1 << 21],
+        "dtype": "torch.uint8",
+    }
+    assert service.ask("PUT", "/data/x", large).status == 200
+    for got, want in (
+        (service.ask("GET", "/data/x"), large),
+        (service.ask("POST", "/data/batch", {"shard_ids": ["x"] * 3}), [large] * 3),
+    ):
+        assert (got.status, got.ended, got.json) == (200, True, want)
+        assert got.size == len(got.answer)
+        assert got.answer_headers[b"content-type"] == b"application/octet-stream"
+
+
 def test_shards_refused(service: Service) -> None:
     missing = service.ask("GET", "/data/nope")
     assert (missing.status, missing.json) == (404, {"status": "error", "message": "Shard nope not found"})

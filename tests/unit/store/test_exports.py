@@ -18,7 +18,7 @@ from areal_fast.errors import (
 )
 from areal_fast.protocol.export import NAMES
 from areal_fast.store import SessionStore
-from tests.unit.store.turns import ask, commit, export, fetch, lives, started, take, tokens
+from tests.unit.store.turns import Clock, ask, commit, export, fetch, lives, started, take, tokens
 
 
 def ready(store: SessionStore, n: int = 1, task: str = "t") -> str:
@@ -310,6 +310,48 @@ def test_an_undelivered_export_never_was(store: SessionStore) -> None:
     assert store.shards.totals() == (0, 0)
     again = export(store, sid)
     assert list(again["interactions"]) == list(body["interactions"])
+
+
+def test_a_lost_reply_is_replayed_to_an_identical_request_alone_and_for_60_s(arena: Any) -> None:
+    clock = Clock()
+    store = SessionStore(arena, clock=clock)
+    with started(store) as session:
+        name = session.session_id
+
+        def new(k: int) -> str:
+            interaction_id = take(session, [k], [10 + k, 99])
+            session.set_reward(k)
+            return interaction_id
+
+        def given(**more: Any) -> list[str]:
+            return list(export(store, name, **more)["interactions"])
+
+        lost = new(1)
+        ask(store, name, discount=0.5).undelivered()
+        second, third = new(2), new(3)
+        assert given() == [third]  # another request
+        assert given(discount=0.5) == [lost]
+        assert given(discount=0.5) == [second]  # it did arrive, so now it means the newest
+
+        lost = new(4)
+        ask(store, name).undelivered()
+        newest = new(5)
+        state = store.fold(session.slot, name).state
+        assert [(index, ns) for _, index, ns in state.checkpoint()[0].lost] == [(3, clock.ns)]
+        clock.forward(61)
+        assert given() == [newest] and given() == [lost]
+
+
+def test_a_lost_group_export_is_replayed_session_by_session(store: SessionStore) -> None:
+    a, b = ready(store, task="a"), ready(store, task="b")
+    lost = ask(store, a, b, dialect="main-may")
+    names = list(json.loads(lost.body)["interactions"])
+    lost.undelivered()
+    with store.by_id(a) as session:  # type: ignore[union-attr]
+        take(session, [7], [8, 99])
+        session.set_reward(9.0)
+    assert list(export(store, a, b, dialect="main-may")["interactions"]) == names
+    assert not lives(store, a) and not lives(store, b)
 
 
 def test_a_dead_exporter_is_taken_back_by_the_sweep(arena: Any) -> None:

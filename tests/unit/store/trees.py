@@ -120,4 +120,4 @@ def play(store: SessionStore, chats: list[Chat], rewards: dict[int, float], disc
 def read(store: SessionStore, reference: Any) -> Any:
     body = store.shards.get_json(reference["data"]["shard"]["data"]["shard_id"])
     assert body is not None
-    return decode(json.loads(body)).tolist()
+    return decode(json.loads(body.whole())).tolist()

@@ -1,10 +1,10 @@
 """What the store's tests say often: a recorded turn, an export, its tensors."""
 
+import base64
 import json
 from typing import Any
 
 import numpy as np
-import pybase64
 
 from areal_fast.protocol.messages import ExportRequest
 from areal_fast.store import Export, Session, SessionStore, Turn
@@ -62,14 +62,14 @@ def fetch(store: SessionStore, reference: Any) -> np.ndarray[Any, Any]:
     shard_id = reference["data"]["shard"]["data"]["shard_id"]
     body = store.shards.get_json(shard_id)
     assert body is not None, shard_id
-    tensor = json.loads(body)
+    tensor = json.loads(body.whole())
     meta = reference["data"]["data"]
     assert (tensor["shape"], tensor["dtype"]) == (meta["shape"], meta["dtype"])
     return decode(tensor)
 
 
 def decode(tensor: Any) -> np.ndarray[Any, Any]:
-    raw = pybase64.b64decode(tensor["data"])
+    raw = base64.b64decode(tensor["data"])
     return np.frombuffer(raw, NUMPY[tensor["dtype"]]).reshape(tensor["shape"])
 
 

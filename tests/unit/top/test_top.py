@@ -32,7 +32,7 @@ from tests.model_arena import ModelArena
 
 ROOT = Path(__file__).resolve().parents[3]
 URL = "http://127.0.0.1:8082"
-WATCHDOG_S = 20.0
+WATCHDOG_S = 90.0
 
 
 class Proxy:

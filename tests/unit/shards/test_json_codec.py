@@ -1,7 +1,11 @@
-"""Tensors on the wire: every dtype, every lie about a shape, and nothing but tensors and arrays."""
+"""Tensors on the wire: every dtype, every lie about a shape, and nothing but tensors and arrays.
+
+Every body goes into the arena and, in the heap, the thorough way, with and without its data being cut out
+before the JSON parser sees it: all must agree, refusals included."""
 
 import base64
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,8 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from areal_fast.core import Arena, base64_decode_into, base64_encode
 from areal_fast.errors import ShardRejected
 from areal_fast.protocol import wire
+from areal_fast.protocol.wire import Kept
+from areal_fast.shards import json_codec
+from areal_fast.shards.outgoing import Outgoing, Part
 
 F32_2X2 = "AADAPwAAAMAAAAAAAACAfw=="
 
@@ -19,8 +27,58 @@ def tensor(data: Any, shape: Any, dtype: Any = "torch.float32", **extra: Any) ->
     return json.dumps({"type": "tensor", "data": data, "shape": shape, "dtype": dtype} | extra).encode()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_arena() -> Iterator[None]:
+    global _arena
+    with Arena.create(1 << 22) as _arena:
+        yield
+
+
+_arena: Arena
+
+
+def stored(body: bytes) -> tuple[Kept, bytes] | str:
+    """What the arena holds after a put of `body`; or the refusal, after which it holds nothing."""
+    try:
+        kept = json_codec.store(_arena, b"x", body, lambda k: b"m")
+    except ShardRejected as error:
+        stats = _arena.stats()
+        assert (stats["shards_init"], stats["shards_active"]) == (0, 0)
+        return str(error)
+    slot = _arena.pin_shard(b"x")
+    meta, view = _arena.shard_view(slot)
+    data = bytes(view)
+    view.release()
+    _arena.shard_close(slot)
+    _arena.unpin(slot)
+    assert (meta, len(data)) == (b"m", kept.nbytes)
+    return kept, data
+
+
+def decode(body: bytes) -> tuple[Kept, bytes]:
+    """The tensor in a body; ShardRejected as every way says it."""
+    ways = [stored(body)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_codec, "WORTH_SPLITTING", 0)
+        ways.append(stored(body))
+    try:
+        kept, data = json_codec.decode(body)
+    except ShardRejected as error:
+        assert ways == [str(error)] * 2
+        raise
+    assert ways == [(kept, data)] * 2
+    return kept, bytes(data)
+
+
+def encode(kept: Kept, data: bytes) -> bytes:
+    found = Outgoing([Part(kept.dtype, kept.shape, kept.form, kept.nbytes, data)], listed=False)
+    size, body = found.size, found.whole()
+    assert len(body) == size
+    return body
+
+
 def round_trip(body: bytes) -> bytes:
-    return wire.encode(*wire.decode(body))
+    return encode(*decode(body))
 
 
 @pytest.mark.parametrize(
@@ -58,12 +116,12 @@ def test_every_fixed_size_dtype(name: str) -> None:
     width = 4 if name == "bfloat16" else size
     raw = np.arange(6, dtype="<f4").tobytes() if name == "bfloat16" else bytes(range(6 * width))
     body = tensor(base64.b64encode(raw).decode(), [2, 3], f"torch.{name}")
-    got = wire.decode(body)
-    assert (got.dtype, got.shape, len(got.data)) == (name, (2, 3), 6 * size)
-    assert json.loads(wire.encode(*got)) == json.loads(body)
-    assert wire.decode(tensor("", [0, 4], f"torch.{name}")).shape == (0, 4)
+    kept, data = decode(body)
+    assert (kept.dtype, kept.shape, kept.nbytes, len(data)) == (name, (2, 3), 6 * size, 6 * size)
+    assert json.loads(encode(kept, data)) == json.loads(body)
+    assert decode(tensor("", [0, 4], f"torch.{name}"))[0].shape == (0, 4)
     one = base64.b64encode(bytes(width)).decode()
-    assert wire.decode(tensor(one, [], f"torch.{name}")).shape == ()
+    assert decode(tensor(one, [], f"torch.{name}"))[0].shape == ()
 
 
 def test_torch_knows_every_dtype_named_here() -> None:
@@ -80,26 +138,30 @@ def test_torch_knows_every_dtype_named_here() -> None:
 def test_bfloat16_rounds_as_torch_does(data: bytes) -> None:
     torch = pytest.importorskip("torch")
     want = torch.frombuffer(bytearray(data), dtype=torch.float32).to(torch.bfloat16)
-    got = np.frombuffer(wire.narrow_bfloat16(data), "<u2")
+    kept = bytearray(len(data) // 2)
+    assert base64_decode_into(base64.b64encode(data), kept, bf16=True)
+    got = np.frombuffer(kept, "<u2")
     bits = want.view(torch.int16).numpy().view(np.uint16)
     nan = np.isnan(np.frombuffer(data, "<f4"))
     assert (got[~nan] == bits[~nan]).all()
-    assert np.isnan(np.frombuffer(wire.widen_bfloat16(got.tobytes()), "<f4")[nan]).all()
+    again = np.frombuffer(base64.b64decode(base64_encode(kept, bf16=True)), "<f4")
+    assert np.isnan(again[nan]).all()
+    assert (again[~nan] == want.to(torch.float32).numpy()[~nan]).all()
 
 
 def test_dtype_names_without_prefix_and_aliases() -> None:
-    assert wire.decode(tensor("AACAPwAAgD8=", [2], "float32")).dtype == "float32"
-    assert wire.decode(tensor("AACAPwAAgD8=", [2], "torch.float")).dtype == "float32"
-    assert wire.decode(tensor("AACAPwAAgD8=", [1], "torch.long")).dtype == "int64"
+    assert decode(tensor("AACAPwAAgD8=", [2], "float32"))[0].dtype == "float32"
+    assert decode(tensor("AACAPwAAgD8=", [2], "torch.float"))[0].dtype == "float32"
+    assert decode(tensor("AACAPwAAgD8=", [1], "torch.long"))[0].dtype == "int64"
 
 
 def test_shapes_are_read_as_laxly_as_the_original_does() -> None:
-    assert wire.decode(tensor(F32_2X2, [-1])).shape == (4,)
-    assert wire.decode(tensor(F32_2X2, [2, -1])).shape == (2, 2)
-    assert wire.decode(tensor(F32_2X2, [2.0, "2"])).shape == (2, 2)
-    assert wire.decode(tensor(F32_2X2, [2, 2], zz=1)).shape == (2, 2)
-    assert wire.decode(tensor("AADA\nPwAAAMAAAAAAAACAfw==", [2, 2])).shape == (2, 2)
-    assert wire.decode(tensor("AADA/wAAAMAAAAAAAACAfw==", [2, 2]).replace(b"/", b"\\/")).shape == (2, 2)
+    assert decode(tensor(F32_2X2, [-1]))[0].shape == (4,)
+    assert decode(tensor(F32_2X2, [2, -1]))[0].shape == (2, 2)
+    assert decode(tensor(F32_2X2, [2.0, "2"]))[0].shape == (2, 2)
+    assert decode(tensor(F32_2X2, [2, 2], zz=1))[0].shape == (2, 2)
+    assert decode(tensor("AADA\nPwAAAMAAAAAAAACAfw==", [2, 2]))[0].shape == (2, 2)
+    assert decode(tensor("AADA/wAAAMAAAAAAAACAfw==", [2, 2]).replace(b"/", b"\\/"))[0].shape == (2, 2)
 
 
 def test_a_tensor_without_data_is_a_meta_tensor() -> None:
@@ -156,7 +218,7 @@ def test_a_tensor_without_data_is_a_meta_tensor() -> None:
 )
 def test_all_else_is_refused(body: bytes) -> None:
     with pytest.raises(ShardRejected):
-        wire.decode(body)
+        decode(body)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +242,7 @@ def test_arrays(dtype: str, kept: str) -> None:
 def test_arrays_of_objects_or_nothing_are_refused(dtype: str) -> None:
     body = json.dumps({"type": "ndarray", "data": "AAAAAAAAAAA=", "shape": [1], "dtype": dtype}).encode()
     with pytest.raises(ShardRejected):
-        wire.decode(body)
+        decode(body)
 
 
 @given(
@@ -201,18 +263,87 @@ def test_arrays_of_objects_or_nothing_are_refused(dtype: str) -> None:
 def test_any_json_is_stored_faithfully_or_refused(value: Any) -> None:
     body = json.dumps(value).encode()
     try:
-        kept = wire.decode(body)
+        kept = decode(body)
     except ShardRejected:
         return
-    assert wire.decode(wire.encode(*kept)) == kept
+    assert decode(encode(*kept)) == kept
 
 
 @given(st.binary(max_size=60))
 def test_any_bytes_are_refused_in_words(body: bytes) -> None:
     with pytest.raises(ShardRejected, match=r"."):
-        wire.decode(body)
+        decode(body)
 
 
 def test_zero_dimensional_array() -> None:
     body = b'{"type":"ndarray","data":"AAAAAAAAFEA=","shape":[],"dtype":"<f8"}'
     assert round_trip(body) == body
+
+
+# -- large bodies -------------------------------------------------------------------------------------------
+
+BIG = base64.b64encode(bytes(range(256)) * 64).decode()
+B = BIG.encode()
+ONE = b'"type":"tensor","shape":[1],"dtype":"float32"}'
+ALL = b'"type":"tensor","shape":[4096],"dtype":"float32"}'
+
+
+def test_the_data_of_a_large_body_are_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    describe = wire.describe
+
+    def watched(body: bytes) -> wire.Described:
+        seen.append(len(body))
+        return describe(body)
+
+    monkeypatch.setattr(wire, "describe", watched)
+    body = tensor(BIG, [4096])
+    for spelled in (body, body.replace(b": ", b":"), body.replace(b": ", b" :\n\t")):
+        kept, data = stored(spelled)
+        assert data == bytes(range(256)) * 64
+        assert kept == Kept("float32", (4096,), "own", 16384)
+    assert max(seen) < 200
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        tensor(BIG, [4096])[:-1] + b',"data":"AAAA"}',
+        b'{"data":"AAAA",' + tensor(BIG, [4096])[1:],
+        b'{"data":"' + B + b'","d\\u0061ta":"AADAPw==",' + ONE,
+        b'{"zz":{"data":"' + B + b'"},"data":"AADAPw==",' + ONE,
+        b'{"zz":{"data":"' + B + b'"},' + ALL,
+        b'{"x\\"data":"' + B + b'",' + ALL,
+        b'{"zz":"x\\"data\\":","data":"' + B + b'",' + ALL,
+        b'{"data":"' + B + b'","zz":"data",' + ALL,
+        tensor("AADAPw==", [1], zz=BIG),
+        tensor(BIG, [1], zz='"data":"AAAA"'),
+        tensor(BIG, [4095]),
+        tensor(BIG, [4096], "torch.nope"),
+        tensor(BIG[:-4] + "!!!!", [-1]),
+        tensor(BIG[:8000] + "\n" + BIG[8000:], [-1]),
+        tensor(BIG[:8000] + "    " + BIG[8000:], [4096]),
+        tensor(BIG[:8000] + "\0" + BIG[8000:], [-1]),
+        tensor(BIG, [-1]).replace(b"/", b"\\/"),
+        tensor(BIG, [-1])[:-40],
+        tensor(BIG, [-1])[:9000],
+        tensor(BIG, [-1]).replace(b"AAEC", b"A\xff\xfeC"),
+        tensor(BIG, [-1]).replace(b"AAEC", b"A\x01EC"),
+        tensor(BIG, [-1]) + b" ",
+        tensor(BIG, [-1]) + b"x",
+        tensor(BIG, [-1])[1:],
+    ],
+)
+def test_odd_large_bodies_are_what_the_parser_says(body: bytes) -> None:
+    try:
+        value = json.loads(body)
+        raw = base64.b64decode("".join(value["data"].split()), validate=True)
+        want = "torch.nope" not in value["dtype"] and value["shape"] in ([-1], [len(raw) // 4])
+    except (ValueError, KeyError):
+        want = False
+    if not want:
+        with pytest.raises(ShardRejected):
+            decode(body)
+        return
+    assert decode(body)[1] == raw

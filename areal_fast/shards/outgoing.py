@@ -1,0 +1,138 @@
+"""A reply of shards, as JSON encoded while it is sent, or as raw bytes sent from where they lie.
+
+Theory. A batch of 32 MiB is 44 MB of JSON. Made as a whole it costs fresh pages, which are dearer than the
+encoding and the socket together, and another request waits for all of it. So a reply first finds everything
+it needs (all shards exist, their sizes are known, hence Content-Length), and then makes pieces of a quarter
+MiB, each in memory that the last one has just left, still in the cache. Measured: 32 × 1 MiB in 17 ms of CPU
+with HTTP and the socket, 42 if made as a buffer a shard, 83 if as one.
+
+Invariants: what was found stays as it is until `close`, whatever is cleared or replaced meanwhile: every part
+holds its shard's view, and so a pin. The pieces' sizes add up to `size`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from areal_fast.core import base64_encode
+from areal_fast.protocol import wire
+from areal_fast.protocol.wire import Form
+from areal_fast.shards import raw
+from areal_fast.shards.description import Description
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
+
+RAW_STEP_BYTES = 1 << 20
+STEP_BYTES = 196608
+"""Shard bytes encoded at a time: whole groups of three, of bfloat16's elements, too."""
+
+
+class Part(NamedTuple):
+    """One shard of a reply. data: its `nbytes` bytes as kept, or what makes them when their turn has come."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    form: Form
+    nbytes: int
+    data: Buffer | Callable[[], Any]
+
+    @property
+    def size(self) -> int:
+        """Of its JSON."""
+        if self.form == "meta":
+            return sum(map(len, self.frame()))
+        wide = 2 * self.nbytes if self.form == "bf16" else self.nbytes
+        return sum(map(len, self.frame())) + (wide + 2) // 3 * 4
+
+    @property
+    def what(self) -> Description:
+        return Description(self.dtype, self.shape, self.form)
+
+    def content(self) -> memoryview:
+        """Its bytes as kept."""
+        if self.form == "meta":
+            return memoryview(b"")
+        data = memoryview(self.data() if callable(self.data) else self.data)
+        return data.cast("B") if data.nbytes else memoryview(b"")
+
+    def frame(self) -> tuple[bytes, bytes]:
+        return wire.frame(self.dtype, self.shape, self.form)
+
+    def pieces(self, step: int) -> Iterator[bytes]:
+        before, after = self.frame()
+        if self.form == "meta":
+            yield before + after
+            return
+        data = self.content()
+        at, bf16 = 0, self.form == "bf16"
+        while len(data) - at > step:
+            yield base64_encode(data[at : at + step], before, bf16=bf16)
+            at, before = at + step, b""
+        yield base64_encode(data[at:], before, after, bf16=bf16)
+
+
+class Outgoing:
+    """Shards found for one reply: one alone, or a list. Close it when it is sent or not wanted any more."""
+
+    def __init__(self, parts: Sequence[Part], *, listed: bool) -> None:
+        self._parts = list(parts)
+        self._listed = listed
+        commas = max(0, len(self._parts) - 1) + 2 if listed else 0
+        self.size = sum(part.size for part in self._parts) + commas
+
+    def pieces(self, step: int = STEP_BYTES) -> Iterator[bytes]:
+        """The JSON, to be joined; each piece is of at most `step` (a multiple of 6) bytes of shards."""
+        lead = b"["
+        for part in self._parts:
+            if self._listed:
+                yield lead
+                lead = b","
+            yield from part.pieces(step)
+        if self._listed:
+            yield b"]" if self._parts else b"[]"
+
+    def whole(self) -> bytes:
+        """All of it in one object, which of a single shard is made without a copy; closes."""
+        try:
+            return b"".join(self.pieces(sys.maxsize))
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the shards."""
+        self._parts.clear()
+
+
+class RawOutgoing:
+    """The same as one safetensors file (raw.py), each shard under its id, sent from where it lies: a piece is
+    a view of the shard's memory and keeps its pin until the kernel has it. ShardRejected if an id cannot be a
+    name there."""
+
+    def __init__(self, parts: Mapping[str, Part]) -> None:
+        layout = raw.lay_out([(name, part.what) for name, part in parts.items()])
+        found = list(parts.values())
+        self._header = layout.header
+        self._parts = [found[i] for i in layout.order]
+        self.size = layout.file_bytes
+
+    def pieces(self, step: int = RAW_STEP_BYTES) -> Iterator[bytes | memoryview]:
+        """The file, to be joined; no piece is longer than `step`, but for the header."""
+        yield self._header
+        for part in self._parts:
+            data = part.content()
+            for at in range(0, len(data), step):
+                yield data[at : at + step]
+
+    def whole(self) -> bytes:
+        """All of it in one object; closes."""
+        try:
+            return b"".join(self.pieces())
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the shards."""
+        self._parts.clear()
