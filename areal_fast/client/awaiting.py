@@ -29,7 +29,6 @@ from areal_fast.client.steps import (
     Steps,
     Together,
     Wait,
-    bearer,
 )
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ class AsyncClient:
         self._timeout_s = timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
         self._nodes: dict[str, http.Client] = {}
-        fetcher = Fetcher(self.url, bearer(admin_api_key), retries, ways)
+        fetcher = Fetcher(self.url, admin_api_key, retries, ways, timeout_s)
         self._observe = observe
         self._calls = Calls(self.url, admin_api_key, retries, fetcher)
 
@@ -187,6 +186,7 @@ class AsyncClient:
         await self._run(self._calls.resume())
 
     async def close(self) -> None:
+        self._calls.fetcher.close()
         nodes, self._nodes = self._nodes, {}
         if self._loop is asyncio.get_running_loop():
             for node in nodes.values():

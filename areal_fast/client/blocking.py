@@ -26,7 +26,6 @@ from areal_fast.client.steps import (
     Steps,
     Together,
     Wait,
-    bearer,
 )
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class Client:
     """A data proxy. base_url: plain http; None: no proxy of one's own, only shards by references that name
     their node. admin_api_key: needed to start sessions, to export, and for shards where the proxy runs with
     --data-auth. timeout_s: of each request as a whole. retries: repeats of what is safe to repeat. ways: how
-    shards may travel, of "gpu", "map", "raw", "json"; the cheapest that both ends can do is taken. observe:
+    shards may travel, of "map", "raw", "json"; the cheapest that both ends can do is taken. observe:
     is told of every request, repeats included; must not raise.
 
     Every call raises Unreachable, TimedOut, BadReply or the ProxyError that the refusal is.
@@ -103,7 +102,7 @@ class Client:
         self._connections = Connections(timeout_s)
         if base_url is not None:
             self._connections.check(self.url)
-        fetcher = Fetcher(self.url, bearer(admin_api_key), retries, ways)
+        fetcher = Fetcher(self.url, admin_api_key, retries, ways, timeout_s)
         self._observe = observe
         self._calls = Calls(self.url, admin_api_key, retries, fetcher)
 
@@ -198,6 +197,7 @@ class Client:
         self._run(self._calls.resume())
 
     def close(self) -> None:
+        self._calls.fetcher.close()
         self._connections.close()
 
     def __enter__(self) -> Self:

@@ -1,11 +1,16 @@
 """Getting shards from the nodes that keep them, and putting them there, by the cheapest way both ends can do.
 
-Each node is asked once what it can do; a server that does not know the question is one of AReaL's own and
-speaks JSON. Ways are tried from the cheapest; each says which shards it takes, and what it does not deliver
-goes to the next. A way that fails here (no such socket, another host) is not tried again for that node.
+    map    same host: memory files by descriptor, mapped; nothing is copied
+    raw    anywhere: the bytes as they are, in the safetensors layout
+    json   anywhere, AReaL's own nodes too: base64
+
+A node is asked once what it offers (GET /data/ways); one that does not know the question is AReaL's own. The
+ways are tried in this order; one that does not serve now leaves its shards to the next. Raw bytes are asked
+for by content negotiation, so that a node that does not have them answers in JSON.
 
 Requests are bounded: a batch has at most BATCH_BYTES, where references tell sizes, and BATCH_UNKNOWN shards
-where they do not. Nodes are asked at once. Nothing that was fetched is kept here.
+where they do not. Nodes are asked at once. Nothing that was fetched is kept here. Tensors of one batch share
+its memory, which goes with the last of them.
 """
 
 from __future__ import annotations
@@ -13,18 +18,25 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 import msgspec
 import numpy as np
 
-from areal_fast.client.errors import NotFound, ShardsNotFound
+from areal_fast import errors
+from areal_fast.client.errors import BadReply, NotFound, ProxyError, ShardsNotFound
+from areal_fast.client.nodes import Node, NotHere, Offer
 from areal_fast.client.references import Reference
-from areal_fast.client.shards import WAYS, Shard, Way, decode_json, decode_json_list
-from areal_fast.client.steps import JSON, Ask, Steps, ask, together, work
+from areal_fast.client.shards import WAYS, Shard, Way, decode_json, decode_json_list, decode_raw
+from areal_fast.client.steps import JSON, Ask, Steps, ask, bearer, together, work
 from areal_fast.client.tensors import bytes_of
-from areal_fast.protocol import wire
+from areal_fast.shards import raw
+from areal_fast.shards.description import Description, own_form
+from areal_fast.shards.outgoing import Part
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 BATCH_BYTES: Final = 64 << 20
 BATCH_UNKNOWN: Final = 32
@@ -36,18 +48,22 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Fetcher:
-    """The ways to shards. `counts`: how many shards came or went which way."""
+    """The ways to shards. key: shown to nodes that ask for one. `counts`: how many shards came or went which
+    way."""
 
     def __init__(
-        self, url: str, headers: tuple[tuple[str, str], ...], retries: int, ways: Sequence[Way]
+        self, url: str, key: str | None, retries: int, ways: Sequence[Way], timeout_s: float = 60.0
     ) -> None:
         unknown = set(ways) - set(WAYS)
         if unknown or not ways:
             raise ValueError(f"ways are some of {', '.join(WAYS)}; not {sorted(unknown) or 'none'}")
         self.url = url
-        self._headers = headers
+        self._key = key or ""
+        self._headers = bearer(key)
         self._retries = retries
-        self._ways = tuple(way for way in WAYS if way in ways)
+        self._ways = frozenset(ways)
+        self._timeout_s = timeout_s
+        self._nodes: dict[str, Node] = {}
         self.counts: Counter[Way] = Counter()
 
     def url_of(self, node: str) -> str:
@@ -56,9 +72,27 @@ class Fetcher:
             return self.url
         return node.rstrip("/") if "://" in node else f"http://{node}"
 
+    def close(self) -> None:
+        for node in list(self._nodes.values()):
+            node.close()
+
+    def _node(self, url: str) -> Steps[Node]:
+        """What is known of a node; it is asked if nothing is."""
+        known = self._nodes.get(url)
+        if known is not None and not known.broken:
+            return known
+        request = Ask(url, "GET", "/data/ways", headers=self._headers, safe=True)
+        try:
+            answer = yield from ask(request, self._retries)
+            offer = msgspec.json.decode(answer.body, type=Offer)
+        except (ProxyError, msgspec.DecodeError, UnicodeDecodeError):
+            offer = Offer()
+        found = self._nodes[url] = Node(offer, self._key, self._timeout_s)
+        return found
+
     # -- get -----------------------------------------------------------------------------------------------
     def get_many(self, references: Sequence[Reference]) -> Steps[list[Shard]]:
-        """The shards in order. ShardsNotFound names all that one node does not have."""
+        """The shards in order. ShardsNotFound names all that one request missed."""
         by_node: dict[str, list[Reference]] = {}
         for one in dict.fromkeys(references):
             by_node.setdefault(self.url_of(one.node), []).append(one)
@@ -72,41 +106,92 @@ class Fetcher:
 
     def _from_node(self, url: str, wanted: list[Reference]) -> Steps[dict[Reference, Shard]]:
         found: dict[Reference, Shard] = {}
+        if "map" in self._ways:
+            mapped = yield from self._by_map(url, wanted)
+            if mapped is not None:
+                return dict(zip(wanted, mapped, strict=True))
         for batch in batches(wanted):
-            shards = yield from self._json(url, batch)
+            shards = yield from self._by_http(url, batch)
             found.update(zip(batch, shards, strict=True))
         return found
 
-    def _json(self, url: str, wanted: list[Reference]) -> Steps[list[Shard]]:
+    def _by_map(self, url: str, wanted: list[Reference]) -> Steps[list[Shard] | None]:
+        node = yield from self._node(url)
+        if not node.may_be_here:
+            return None
+        ids = [one.shard_id for one in wanted]
+        try:
+            mapped = yield from work(lambda: node.map(ids))
+        except NotHere:
+            return None
+        except errors.ShardsNotFound as error:
+            raise ShardsNotFound(f"map {url}", 404, str(error), error.shard_ids) from None
+        return [
+            Shard(one.shard_id, one.node, "map", what.dtype, what.shape, data, what.form)
+            for one, (what, data) in zip(wanted, mapped, strict=True)
+        ]
+
+    def _by_http(self, url: str, wanted: list[Reference]) -> Steps[list[Shard]]:
+        """One batch, raw if it may be and the node can, else JSON."""
         ids, node = [one.shard_id for one in wanted], wanted[0].node
+        headers = (*self._headers, ("Accept", raw.MEDIA_TYPE)) if "raw" in self._ways else self._headers
         if len(ids) == 1:
-            request = Ask(url, "GET", shard_path(ids[0]), headers=self._headers, safe=True)
-            try:
-                answer = yield from ask(request, self._retries)
-            except NotFound as error:
-                raise ShardsNotFound(request.what, error.status, error.detail, ids) from None
-            body = answer.body
-            return [
-                (yield from work(lambda: decode_json(ids[0], node, body), brief=body.nbytes < LARGE_BYTES))
-            ]
-        content = _encode({"shard_ids": ids})
-        request = Ask(url, "POST", "/data/batch", (content,), (*self._headers, JSON), safe=True)
-        answer = yield from ask(request, self._retries)
-        body = answer.body
-        return (yield from work(lambda: decode_json_list(ids, node, body), brief=body.nbytes < LARGE_BYTES))
+            request = Ask(url, "GET", shard_path(ids[0]), headers=headers, safe=True)
+        else:
+            content = _encode({"shard_ids": ids})
+            request = Ask(url, "POST", "/data/batch", (content,), (*headers, JSON), safe=True)
+        try:
+            answer = yield from ask(request, self._retries)
+        except ShardsNotFound:
+            raise
+        except NotFound as error:
+            raise ShardsNotFound(request.what, error.status, error.detail, ids) from None
+        body, brief = answer.body, answer.body.nbytes < LARGE_BYTES
+        if answer.headers.get("content-type", "").lower().startswith(raw.MEDIA_TYPE):
+            return (yield from work(lambda: decode_raw(ids, node, body), brief=True))
+        self._json_only(url)
+        if len(ids) == 1:
+            return [(yield from work(lambda: decode_json(ids[0], node, body), brief=brief))]
+        return (yield from work(lambda: decode_json_list(ids, node, body), brief=brief))
 
     # -- put -----------------------------------------------------------------------------------------------
     def put(self, url: str, shard_id: str, value: Any) -> Steps[Reference]:
         """Store a torch tensor or a numpy array under `shard_id`, replacing any other. TypeError for
         anything else."""
-        dtype, shape, data, form = _taken_apart(value)
-        pieces = yield from work(
-            lambda: wire.encode_parts(dtype, shape, data, form), brief=data.nbytes < LARGE_BYTES
-        )
-        request = Ask(url, "PUT", shard_path(shard_id), pieces, (*self._headers, JSON), safe=True)
+        what, data = _taken_apart(value)
+        node = (yield from self._node(url)) if self._ways != {"json"} else None
+        way = yield from self._put(url, node, shard_id, what, data)
+        self.counts[way] += 1
+        return Reference(shard_id, "", what.dtype, what.shape)
+
+    def _put(
+        self, url: str, node: Node | None, shard_id: str, what: Description, data: memoryview
+    ) -> Steps[Way]:
+        if node is not None and "map" in self._ways and node.may_be_here:
+            try:
+                yield from work(lambda: node.put(shard_id, what, data))
+                return "map"
+            except NotHere:
+                pass
+        way: Way = "json"
+        pieces: tuple[Buffer, ...]
+        if node is not None and "raw" in self._ways and node.offers_raw:
+            way, kind = "raw", ("Content-Type", raw.MEDIA_TYPE)
+            pieces = (raw.lay_out([("tensor", what)]).header, data)
+        else:
+            self._json_only(url)
+            kind = JSON
+            part = Part(*what, data.nbytes, data)
+            brief = data.nbytes < LARGE_BYTES
+            pieces = tuple((yield from work(lambda: list(part.pieces(sys.maxsize)), brief=brief)))
+        request = Ask(url, "PUT", shard_path(shard_id), pieces, (*self._headers, kind), safe=True)
         yield from ask(request, self._retries)
-        self.counts["json"] += 1
-        return Reference(shard_id, "", dtype, shape)
+        return way
+
+    def _json_only(self, url: str) -> None:
+        if "json" not in self._ways:
+            ways = ", ".join(way for way in WAYS if way in self._ways)
+            raise BadReply(f"{url}: shards travel there as JSON only, and this client was told: {ways}")
 
 
 def shard_path(shard_id: str) -> str:
@@ -114,18 +199,18 @@ def shard_path(shard_id: str) -> str:
     return "/data/" + quote(shard_id, safe="")
 
 
-def _taken_apart(value: Any) -> tuple[str, tuple[int, ...], memoryview, wire.Form]:
-    """(dtype, shape, bytes, form) of what is to be put."""
+def _taken_apart(value: Any) -> tuple[Description, memoryview]:
+    """(what it is, its bytes) of what is to be put."""
     torch = sys.modules.get("torch")  # who has a tensor has imported it
     if torch is not None and isinstance(value, torch.Tensor):
         dtype, shape, data = bytes_of(value)
-        return dtype, shape, data, "bf16" if dtype == "bfloat16" else "own"
+        return Description(dtype, shape, own_form(dtype)), data
     if not isinstance(value, np.ndarray):
         raise TypeError(f"a shard is a torch tensor or a numpy array, not {type(value).__name__}")
     if value.dtype.kind not in "biufcSUmM":
         raise TypeError(f"arrays of dtype {value.dtype} cannot be shards")
     little = np.ascontiguousarray(value, value.dtype.newbyteorder("<")).reshape(-1)
-    return little.dtype.str, value.shape, little.view(np.uint8).data, "ndarray"
+    return Description(little.dtype.str, value.shape, "ndarray"), little.view(np.uint8).data
 
 
 def batches(references: Sequence[Reference]) -> Iterator[list[Reference]]:

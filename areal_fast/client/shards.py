@@ -8,7 +8,6 @@ type tag but "tensor" and "ndarray" is looked at.
 from __future__ import annotations
 
 from functools import cached_property
-from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
@@ -18,7 +17,7 @@ import numpy.typing as npt
 from areal_fast.client.errors import BadReply
 from areal_fast.client.tensors import tensor_over
 from areal_fast.errors import ShardRejected
-from areal_fast.protocol import wire
+from areal_fast.shards import json_codec, raw
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 
     from areal_fast.protocol.wire import Form
 
-Way = Literal["gpu", "map", "raw", "json"]
-WAYS: Final[tuple[Way, ...]] = ("gpu", "map", "raw", "json")
+Way = Literal["map", "raw", "json"]
+WAYS: Final[tuple[Way, ...]] = ("map", "raw", "json")
 """Cheapest first."""
 
 
@@ -84,13 +83,10 @@ class Shard:
 def decode_json(shard_id: str, node: str, body: Buffer) -> Shard:
     """One shard from its JSON. BadReply."""
     try:
-        dtype, shape, data, form = wire.decode(body)
+        kept, data = json_codec.decode(body)
     except ShardRejected as error:
         raise BadReply(f"{node or 'the proxy'}: shard {shard_id} came as no tensor: {error}") from None
-    # CPython lets the only owner of bytes write them through a BytesIO; for any other it copies them.
-    holder = BytesIO(data)
-    del data
-    return Shard(shard_id, node, "json", dtype, shape, holder.getbuffer(), form)
+    return Shard(shard_id, node, "json", kept.dtype, kept.shape, data, kept.form)
 
 
 _list_decoder = msgspec.json.Decoder(list[msgspec.Raw])
@@ -105,3 +101,20 @@ def decode_json_list(shard_ids: list[str], node: str, body: Buffer) -> list[Shar
     if len(rows) != len(shard_ids):
         raise BadReply(f"{node or 'the proxy'}: {len(rows)} shards came for {len(shard_ids)}")
     return [decode_json(shard_id, node, row) for shard_id, row in zip(shard_ids, rows, strict=True)]
+
+
+def decode_raw(shard_ids: list[str], node: str, body: memoryview) -> list[Shard]:
+    """The shards of a reply in the safetensors layout, in order; over the reply's memory. BadReply."""
+    try:
+        entries, data = raw.parse(body)
+    except ShardRejected as error:
+        raise BadReply(f"{node or 'the proxy'}: raw shards came in no such form: {error}") from None
+    found = {entry.name: entry for entry in entries}
+    if not found.keys() >= set(shard_ids):
+        raise BadReply(f"{node or 'the proxy'}: {len(found)} shards came for {len(shard_ids)}")
+    shards = []
+    for shard_id in shard_ids:
+        what, start, stop = found[shard_id][1:]
+        piece = data[start:stop]
+        shards.append(Shard(shard_id, node, "raw", what.dtype, what.shape, piece, what.form))
+    return shards

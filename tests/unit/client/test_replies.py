@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import weakref
@@ -18,13 +19,16 @@ from areal_fast.client.references import reference, trajectory  # noqa: E402
 from areal_fast.client.shards import decode_json, decode_json_list  # noqa: E402
 from areal_fast.client.tensors import bytes_of, tensor_over  # noqa: E402
 from areal_fast.protocol import wire  # noqa: E402
+from areal_fast.shards.outgoing import Part  # noqa: E402
 
 SHAPES = [(2, 3), (), (0, 4), (1,)]
 
 
-def rtensor(shard_id: str = "s", dtype: str = "torch.int64", shape: Any = (1, 3)) -> dict[str, Any]:
-    import json
+def json_of(dtype: str, shape: tuple[int, ...], data: bytes, form: wire.Form) -> bytes:
+    return b"".join(Part(dtype, shape, form, len(data), data).pieces(1 << 20))
 
+
+def rtensor(shard_id: str = "s", dtype: str = "torch.int64", shape: Any = (1, 3)) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(
         wire.rtensor_json(shard_id, '"h:1"', json.dumps(shape), dtype.removeprefix("torch."))
     )
@@ -44,7 +48,7 @@ def test_every_dtype_comes_bit_by_bit(dtype: str, shape: tuple[int, ...], seed: 
     assert str(tensor.dtype) == f"torch.{dtype}" and tuple(tensor.shape) == shape
     assert bytes_of(tensor)[:2] == (dtype, shape) and bytes(bytes_of(tensor)[2]) == data.tobytes()
     form = "bf16" if dtype == "bfloat16" else "own"
-    shard = decode_json("s", "", wire.encode(dtype, shape, data.tobytes(), form))  # type: ignore[arg-type]
+    shard = decode_json("s", "", json_of(dtype, shape, data.tobytes(), form))  # type: ignore[arg-type]
     assert shard.way == "json" and bytes(bytes_of(shard.tensor)[2]) == data.tobytes()
 
 
@@ -53,7 +57,7 @@ def test_every_dtype_comes_bit_by_bit(dtype: str, shape: tuple[int, ...], seed: 
 )
 def test_small_floats_may_come_as_float32(dtype: str) -> None:
     small = torch.tensor([0.5, 2.0, 16.0]).to(getattr(torch, dtype))
-    body = wire.encode(dtype, (3,), small.to(torch.float32).numpy().tobytes(), "own")
+    body = json_of(dtype, (3,), small.to(torch.float32).numpy().tobytes(), "own")
     shard = decode_json("s", "", body)
     assert torch.equal(shard.tensor.view(torch.uint8), small.view(torch.uint8))
     with pytest.raises(TypeError, match="tensor"):
@@ -129,7 +133,7 @@ def test_only_tensors_and_arrays_are_read(body: bytes) -> None:
 
 
 def test_a_batch_of_another_length_is_refused() -> None:
-    one = wire.encode("int8", (1,), b"a", "own")
+    one = json_of("int8", (1,), b"a", "own")
     with pytest.raises(BadReply, match="1 shards came for 2"):
         decode_json_list(["a", "b"], "", b"[" + one + b"]")
     with pytest.raises(BadReply):
@@ -138,7 +142,7 @@ def test_a_batch_of_another_length_is_refused() -> None:
 
 def test_arrays_come_as_arrays() -> None:
     value = np.arange(6, dtype="<u2").reshape(2, 3)
-    shard = decode_json("s", "", wire.encode("<u2", (2, 3), value.tobytes(), "ndarray"))
+    shard = decode_json("s", "", json_of("<u2", (2, 3), value.tobytes(), "ndarray"))
     assert np.array_equal(shard.array, value) and shard.array.flags.writeable
     assert "json" in repr(shard)
 

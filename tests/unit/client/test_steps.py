@@ -47,7 +47,7 @@ def play(call: Any, *events: Any) -> tuple[Any, list[Any]]:
 
 
 def calls(retries: int = 3) -> Calls:
-    return Calls("http://x", "admin", retries, Fetcher("http://x", (), retries, WAYS))
+    return Calls("http://x", "admin", retries, Fetcher("http://x", None, retries, WAYS))
 
 
 def test_what_was_not_sent_is_sent_again_also_if_unsafe() -> None:
@@ -135,4 +135,4 @@ def test_batches_are_bounded() -> None:
 def test_unknown_ways_are_refused() -> None:
     for ways in (("jsom",), ()):
         with pytest.raises(ValueError, match="ways are some of"):
-            Fetcher("http://x", (), 1, ways)  # type: ignore[arg-type]
+            Fetcher("http://x", None, 1, ways)  # type: ignore[arg-type]
