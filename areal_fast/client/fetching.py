@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -37,6 +38,8 @@ from areal_fast.shards.outgoing import Part
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
+
+T = TypeVar("T")
 
 BATCH_BYTES: Final = 64 << 20
 BATCH_UNKNOWN: Final = 32
@@ -116,20 +119,31 @@ class Fetcher:
         return found
 
     def _by_map(self, url: str, wanted: list[Reference]) -> Steps[list[Shard] | None]:
-        node = yield from self._node(url)
-        if not node.may_be_here:
-            return None
         ids = [one.shard_id for one in wanted]
         try:
-            mapped = yield from work(lambda: node.map(ids))
-        except NotHere:
-            return None
+            mapped = yield from self._over_the_line(url, lambda node: node.map(ids))
         except errors.ShardsNotFound as error:
             raise ShardsNotFound(f"map {url}", 404, str(error), error.shard_ids) from None
+        if mapped is None:
+            return None
         return [
             Shard(one.shard_id, one.node, "map", what.dtype, what.shape, data, what.form)
             for one, (what, data) in zip(wanted, mapped, strict=True)
         ]
+
+    def _over_the_line(self, url: str, call: Callable[[Node], T]) -> Steps[T | None]:
+        """`call` of a node on this host; None: another way, this time. A line that broke is made anew,
+        once."""
+        for _ in range(2):
+            node = yield from self._node(url)
+            if not node.may_be_here:
+                return None
+            try:
+                return (yield from work(partial(call, node)))
+            except NotHere:
+                if not node.broken:
+                    return None
+        return None
 
     def _by_http(self, url: str, wanted: list[Reference]) -> Steps[list[Shard]]:
         """One batch, raw if it may be and the node can, else JSON."""
@@ -159,23 +173,18 @@ class Fetcher:
         """Store a torch tensor or a numpy array under `shard_id`, replacing any other. TypeError for
         anything else."""
         what, data = _taken_apart(value)
-        node = (yield from self._node(url)) if self._ways != {"json"} else None
-        way = yield from self._put(url, node, shard_id, what, data)
+        way = yield from self._put(url, shard_id, what, data)
         self.counts[way] += 1
         return Reference(shard_id, "", what.dtype, what.shape)
 
-    def _put(
-        self, url: str, node: Node | None, shard_id: str, what: Description, data: memoryview
-    ) -> Steps[Way]:
-        if node is not None and "map" in self._ways and node.may_be_here:
-            try:
-                yield from work(lambda: node.put(shard_id, what, data))
+    def _put(self, url: str, shard_id: str, what: Description, data: memoryview) -> Steps[Way]:
+        if "map" in self._ways:
+            done = yield from self._over_the_line(url, lambda node: node.put(shard_id, what, data))
+            if done:
                 return "map"
-            except NotHere:
-                pass
         way: Way = "json"
         pieces: tuple[Buffer, ...]
-        if node is not None and "raw" in self._ways and node.offers_raw:
+        if "raw" in self._ways and (yield from self._node(url)).offers_raw:
             way, kind = "raw", ("Content-Type", raw.MEDIA_TYPE)
             pieces = (raw.lay_out([("tensor", what)]).header, data)
         else:
@@ -191,7 +200,7 @@ class Fetcher:
     def _json_only(self, url: str) -> None:
         if "json" not in self._ways:
             ways = ", ".join(way for way in WAYS if way in self._ways)
-            raise BadReply(f"{url}: shards travel there as JSON only, and this client was told: {ways}")
+            raise BadReply(f"{url}: shards do not travel there as this client was told to take them: {ways}")
 
 
 def shard_path(shard_id: str) -> str:

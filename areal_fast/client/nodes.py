@@ -2,7 +2,7 @@
 
 Whether a node is on this host is found out by trying its local socket (shards/local.py). One that cannot be
 reached is somewhere else, and is not tried again; one that could be and broke may have been started anew,
-under a new name: then the node is asked again at the next call. `NotHere` says: take another way this time.
+under a new name: then the node is asked again. `NotHere` says: take another way this time.
 
 The line is a connection of its own, used by one thread at a time, and never by a forked child.
 """
@@ -34,7 +34,7 @@ class Offer(msgspec.Struct):
 
 
 class Node:
-    """A node as it described itself. `broken`: ask it again before the next call."""
+    """A node as it described itself. `broken`: it may have been started anew, ask it again."""
 
     def __init__(self, offer: Offer, key: str, timeout_s: float) -> None:
         self.offers_raw = offer.raw is not None
@@ -54,9 +54,10 @@ class Node:
         """The shards, mapped, in order. NotHere; areal_fast.errors.ShardsNotFound."""
         return self._over_the_line(lambda line: line.map(shard_ids))
 
-    def put(self, shard_id: str, what: Description, data: memoryview) -> None:
-        """NotHere."""
+    def put(self, shard_id: str, what: Description, data: memoryview) -> bool:
+        """True: it is stored. NotHere."""
         self._over_the_line(lambda line: line.put_bytes(shard_id, what, data))
+        return True
 
     def close(self) -> None:
         with self._lock:

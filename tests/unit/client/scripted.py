@@ -30,6 +30,8 @@ class ScriptedServer:
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
         """(request line, headers in lower case, body)."""
         self.connections = 0
+        self.closings = threading.Semaphore(0)
+        """Released when a connection has been closed from this side."""
         self._open: list[socket.socket] = []
         self._over = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -71,6 +73,10 @@ class ScriptedServer:
             return ""
 
     def _serve(self, connection: socket.socket) -> None:
+        self._follow(connection)
+        self.closings.release()
+
+    def _follow(self, connection: socket.socket) -> None:
         with connection, connection.makefile("rb") as stream:
             while line := self._line(stream):
                 headers: dict[str, str] = {}

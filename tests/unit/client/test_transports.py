@@ -87,10 +87,11 @@ def test_a_server_that_closed_a_kept_connection_costs_a_start_nothing(run: Run) 
 
         def after_the_end(client: Any) -> Any:
             if isinstance(client, Client):
+                assert server.closings.acquire(timeout=30)
                 return start(client)
 
             async def later() -> Any:
-                await asyncio.sleep(0.05)  # gives the loop turns to see the end; nothing is timed
+                assert await asyncio.to_thread(server.closings.acquire, timeout=30)
                 return await start(client)
 
             return later()
