@@ -135,7 +135,7 @@ def cycles(proxy: str) -> dict[str, Any]:
 def resident_bytes() -> int:
     gc.collect()
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS:"))
 
 
 def with_ray(proxy: str) -> dict[str, Any]:
