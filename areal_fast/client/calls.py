@@ -39,15 +39,21 @@ class StartedSession(msgspec.Struct, frozen=True):
 
 
 class Started(msgspec.Struct, frozen=True):
-    """A start's reply. The original of pull request 1268 knows no groups: then only the first two."""
+    """A start's reply. Pull request 1268's original answers with the first two members, 1.0's with the last
+    two, areal_fast with both."""
 
-    session_id: str
-    api_key: str
+    session_id: str = ""
+    api_key: str = ""
     group_id: str = ""
     sessions: tuple[StartedSession, ...] = ()
 
     def members(self) -> tuple[StartedSession, ...]:
-        return self.sessions or (StartedSession(self.session_id, self.api_key),)
+        """BadReply if it names none."""
+        if self.sessions:
+            return self.sessions
+        if not (self.session_id and self.api_key):
+            raise BadReply("the reply to a start names no session")
+        return (StartedSession(self.session_id, self.api_key),)
 
 
 class Reward(msgspec.Struct, frozen=True):

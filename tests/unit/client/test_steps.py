@@ -57,6 +57,17 @@ def test_what_was_not_sent_is_sent_again_also_if_unsafe() -> None:
     assert [type(step) for step in taken] == [Ask, Wait, Ask, Wait, Ask]
 
 
+def test_a_start_may_be_answered_in_three_ways() -> None:
+    both = b'"session_id":"a","api_key":"k"'
+    group = b'"group_id":"g","sessions":[{"session_id":"a","session_api_key":"k"}]'
+    for body in (both, group, both + b"," + group):
+        result, _ = play(calls().start("t", None, 1), answer(201, b"{" + body + b"}"))
+        assert [(one.session_id, one.session_api_key) for one in result.members()] == [("a", "k")]
+    nobody, _ = play(calls().start("t", None, 1), answer(201))
+    with pytest.raises(BadReply):
+        nobody.members()
+
+
 def test_a_start_that_may_have_happened_is_not_repeated() -> None:
     with pytest.raises(Unreachable) as caught:
         play(calls().start("t", None, 1), BROKE)
