@@ -70,7 +70,7 @@ def run(numbers: list[int], rounds: int, quick: bool) -> dict[str, Any]:
                     }
                     measured[name].setdefault(number, []).append(point)
                     print(
-                        f"round {turn + 1}/{rounds}  {name:14} {number} workers {point['cpu_ms']:7.3f} ms CPU "
+                        f"round {turn + 1}/{rounds} {name:14} {number} workers {point['cpu_ms']:7.3f} ms CPU "
                         f"{point['per_second']:8.0f}/s",
                         flush=True,
                     )

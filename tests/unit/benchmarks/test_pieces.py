@@ -17,7 +17,6 @@ import per_request
 import scaling
 import soak
 
-
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -120,7 +119,7 @@ def _windows(**series: list[float]) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("name", sorted(soak.ALLOWED))
 def test_the_soak_sees_what_keeps_growing(name: str) -> None:
-    grows = [100.0 + 40 * i for i in range(24)]
+    grows = [100.0 * 1.2**i for i in range(24)]
     assert [line.split()[0] for line in soak.verdict(_windows(**{name: grows}))] == [name]
 
 
