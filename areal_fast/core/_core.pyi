@@ -108,6 +108,9 @@ class Arena:
         """Last access := now. Under a pin."""
 
     def slot_info(self, slot: int) -> SlotInfo: ...
+    def slot_id(self, slot: int) -> bytes:
+        """`slot_info(slot).id` alone: a request asks for it once or twice."""
+
     def next_ordinal(self, slot: int) -> int:
         """0, 1, 2, … of this session. Under a pin."""
 
@@ -117,6 +120,10 @@ class Arena:
         """ACTIVE -> CLOSING, under a pin. Lookups and appends fail from here; the last unpin frees it."""
 
     # -- log -------------------------------------------------------------------------------------------
+    @staticmethod
+    def record_of(head: int) -> int:
+        """The offset of the newest record of the log that has this head word."""
+
     def head(self, slot: int) -> int: ...
     def append(
         self,
@@ -232,6 +239,9 @@ class Arena:
     def stats(self) -> dict[str, int]:
         """granules, granules_used, granules_ready, granules_keep, bytes_max, sessions_active, …_closing,
         …_detached, shards_active, shard_bytes, txns_open, …: the fields of af_stats_result."""
+
+    def sessions_active(self) -> int:
+        """Live sessions: stats()["sessions_active"] alone, by a scan of all slots that were ever used."""
 
     def sessions(self, cursor: int, max: int) -> tuple[list[int], int]:
         """Up to `max` ACTIVE session slots from `cursor` on, and the next cursor (0: the end)."""

@@ -261,6 +261,13 @@ cdef class Arena:
             PyBytes_FromStringAndSize(s.key, s.key_len), s.created_ns, s.touched_ns, s.nbytes, s.ordinal,
             s.head, s.txn, s.deadline_ns)
 
+    def slot_id(self, uint32_t slot):
+        cdef af_slot_info s
+        cdef int rc = af_slot_get(self.ready(), slot, &s)
+        if rc < 0:
+            fail(rc, "slot_id")
+        return PyBytes_FromStringAndSize(s.id, s.id_len)
+
     def next_ordinal(self, uint32_t slot):
         cdef int64_t rc = af_next_ordinal(self.ready(), slot)
         if rc < 0:
@@ -280,6 +287,10 @@ cdef class Arena:
         check(af_session_close(self.ready(), slot), "close_session")
 
     # -- log -------------------------------------------------------------------------------------------
+    @staticmethod
+    def record_of(uint64_t head):
+        return head >> 24 << 4
+
     def head(self, uint32_t slot):
         return af_log_head(self.ready(), slot)
 
@@ -639,6 +650,9 @@ cdef class Arena:
             af_stats(a, &r)
         self.leave()
         return r
+
+    def sessions_active(self):
+        return af_sessions_active(self.ready())
 
     def consistency(self):
         cdef char why[512]

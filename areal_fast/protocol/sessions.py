@@ -234,6 +234,13 @@ class SessionState:
             elif kind == rec.CHECKPOINT:
                 self._checkpoint(rec.unpack_checkpoint(meta))
 
+    def append(self, head: int, offset: int, m: rec.InteractionMeta, nbytes: int) -> None:
+        """Fold on over the one INTERACTION that this process appended right behind the state's head, without
+        reading it again. `head` is the log's word now, `nbytes` of meta and data."""
+        nbytes += RECORD_HEADER_BYTES
+        self._add(Interaction(m.ordinal, m.trajectory, m.interaction_id, offset, nbytes, m))
+        self.head = head
+
     def _add(self, interaction: Interaction) -> None:
         self.live_bytes += interaction.nbytes
         interaction.seq = self.seq

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from areal_fast.core import ArenaFull, Gone
+from areal_fast.core import ArenaFull, Gone, IndexBusy
 from areal_fast.engine import reply
 from areal_fast.engine.answer import Answer, Piece, StreamedAnswer, whole_answer
 from areal_fast.engine.detokenize import OutputRejected
@@ -31,6 +31,7 @@ from areal_fast.engine.generate import Engine, Generation
 from areal_fast.engine.sampling import sampling_from_chat, stable_seed
 from areal_fast.engine.tokenizer import Prompt, TemplateFailed, Tokenizer
 from areal_fast.engine.tools import ToolParsing
+from areal_fast.errors import ExportBusy
 from areal_fast.protocol.chat import BadChat, ChatRequest, decode_chat, with_object_arguments
 from areal_fast.protocol.records import pack_words
 from areal_fast.service import auth
@@ -100,7 +101,10 @@ class Chats:
         self.in_flight += 1
         session: Session | None = None
         try:
-            session = await when_free(lambda: self._session(exchange))
+            try:
+                session = self._session(exchange)
+            except (IndexBusy, ExportBusy):
+                session = await when_free(lambda: self._session(exchange))
             if session is None and self._is_admin(exchange):
                 session = await when_free(self._store.hitl)
             if call is not None:

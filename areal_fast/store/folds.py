@@ -75,6 +75,13 @@ class FoldCache:
             self._resolve(slot, fold)
         return fold
 
+    def appended(self, slot: int, fold: Fold, head: int, m: rec.InteractionMeta, nbytes: int) -> None:
+        """The process has appended this INTERACTION on condition of the fold's head: it is in the fold now."""
+        fold.state.append(head, self._arena.record_of(head), m, nbytes)
+        if self._folds.get(slot) is fold:
+            self._weight += 1
+            fold.weight += 1
+
     def _resolve(self, slot: int, fold: Fold) -> None:
         state = fold.state
         try:

@@ -11,7 +11,7 @@ interaction only if that one is still there.
 
 from __future__ import annotations
 
-import secrets
+import os
 import uuid
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -205,7 +205,7 @@ class Turn:
         self.ordinal = ordinal
         self.trajectory = trajectory
         self.parent: Parent | None = None
-        self.interaction_id = "chatcmpl-" + secrets.token_hex(15)[:29]
+        self.interaction_id = "chatcmpl-" + os.urandom(15).hex()[:29]
 
     @property
     def session_id(self) -> str:
@@ -301,10 +301,13 @@ class Turn:
                     rec.NO_REF if self.parent is None else self.parent.ordinal,
                 )  # fmt: skip
                 data = (prompt[shared:].data, output.data, lp.data)
+                packed = rec.pack_interaction(meta)
                 try:
-                    self._append(rec.INTERACTION, rec.pack_interaction(meta), data, fold.state.head)
+                    head = self._append(rec.INTERACTION, packed, data, fold.state.head)
                 except HeadMoved:
                     continue
+                nbytes = len(packed) + 4 * meta.new_ids + lp.nbytes
+                store.folds.appended(session.slot, fold, head, meta, nbytes)
                 store.folds.remember(self.interaction_id, np.concatenate((prompt, output)))
                 return
         finally:
@@ -332,10 +335,12 @@ class Turn:
         finally:
             self._end()
 
-    def _append(self, kind: int, meta: bytes, data: Sequence[Any], expect: int) -> None:
+    def _append(self, kind: int, meta: bytes, data: Sequence[Any], expect: int) -> int:
+        """The log's head word, of which the record is the newest."""
         arena, slot = self._session._store.arena, self._session.slot
-        arena.append(slot, kind, meta, data, expect=expect, reservation=self._reservation)
+        head = arena.append(slot, kind, meta, data, expect=expect, reservation=self._reservation)
         self._reservation = 0
+        return head
 
     def _reference(self, fold: Fold, prompt: IntArray) -> tuple[int, int]:
         """(ordinal, ids shared) of the best of the parent and the last two interactions, or (NO_REF, 0)."""
