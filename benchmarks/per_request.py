@@ -148,7 +148,7 @@ def compare(arguments: argparse.Namespace, tokenizer: Path) -> dict[str, Any]:
                     measured.setdefault(name, {}).setdefault(target.name, []).append(one)
                     print(
                         f"round {number + 1}/{arguments.rounds}  {name:18} {target.name:9} "
-                        f"{one['cpu_ms']:9.3f} ms CPU {one['per_second']:7.0f}/s  p99 {one['p99_ms']:7.2f} ms",
+                        f"{one['cpu_ms']:9.3f} ms CPU {one['per_second']:7.0f}/s p99 {one['p99_ms']:7.2f} ms",
                         flush=True,
                     )
         result["memory_mib"] = {t.name: round(load.tree_rss_bytes(t.pid) / 2**20, 1) for t in targets}

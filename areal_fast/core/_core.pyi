@@ -252,6 +252,9 @@ class Arena:
 def fault_arm(nth: int) -> None:
     """Fail the nth request for memory from the system from now on; 0: none. BadArgument in a plain build."""
 
+def common_prefix(a: bytes, b: bytes) -> int:
+    """How many bytes the two have in common from their start."""
+
 def crash_points() -> list[str]:
     """Names of all crash points; empty unless built with them."""
 

@@ -26,7 +26,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.memoryview cimport PyMemoryView_FromObject
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memset, strerror
+from libc.string cimport memcmp, memset, strerror
 
 from areal_fast.core._core cimport *
 
@@ -686,6 +686,18 @@ def _disown_all():
 
 
 os.register_at_fork(after_in_child=_disown_all)
+
+
+def common_prefix(bytes a not None, bytes b not None):
+    cdef const char *x = PyBytes_AS_STRING(a)
+    cdef const char *y = PyBytes_AS_STRING(b)
+    cdef Py_ssize_t n = min(PyBytes_GET_SIZE(a), PyBytes_GET_SIZE(b))
+    cdef Py_ssize_t i = 0
+    while i + 256 <= n and memcmp(x + i, y + i, 256) == 0:
+        i += 256
+    while i < n and x[i] == y[i]:
+        i += 1
+    return i
 
 
 def crash_points():

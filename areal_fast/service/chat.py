@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 
 from areal_fast.core import ArenaFull, Gone, IndexBusy
 from areal_fast.engine import reply
@@ -268,7 +267,7 @@ class Chats:
             return
         try:
             turn.commit(
-                prompt_ids=np.frombuffer(prompt.data, np.int32),
+                prompt_ids=prompt.data,
                 output_ids=generation.output_ids,
                 logprobs=generation.logprobs,
                 version_runs=generation.version_runs,
