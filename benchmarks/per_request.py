@@ -175,7 +175,9 @@ def table(result: dict[str, Any]) -> str:
             for one in (by_target.get("ours"), by_target.get("original"))
         ]
         mine, found = by_target.get("ours"), result["ratios"][name].get("original")
-        ratio = f"{found['cpu']:.1f}× [{found['cpu_min']:.1f}, {found['cpu_max']:.1f}]" if found else ""
+        ratio = ""
+        if found and found["cpu"] is not None:
+            ratio = f"{found['cpu']:.1f}× [{found['cpu_min']:.1f}, {found['cpu_max']:.1f}]"
         speed = (
             f"{mine['per_second']:.0f}/s, {mine['p50_ms']:.2f} {mine['p99_ms']:.2f} {mine['p999_ms']:.2f}"
             if mine
