@@ -329,11 +329,11 @@ class SessionState:
     def leaving(self) -> bool:
         """A live export takes the session away. Its client may have the reply already, a moment before that
         is known here: whoever asks for the session meanwhile waits for the outcome."""
-        return any(p.remove for p in self.pending)
+        return bool(self.pending) and any(p.remove for p in self.pending)
 
     def is_held(self, trajectory: int) -> bool:
         """A live export holds this trajectory. See `leaving`."""
-        return any(p.trajectory == trajectory for p in self.pending)
+        return bool(self.pending) and any(p.trajectory == trajectory for p in self.pending)
 
     @property
     def is_empty(self) -> bool:
