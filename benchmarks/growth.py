@@ -111,29 +111,32 @@ def sessions(quick: bool) -> dict[str, Any]:
 
 
 def turns(quick: bool) -> dict[str, Any]:
-    """A turn, in sessions that have had more and more. The prompt's length is the same throughout: what is
-    asked is what the session's own length costs."""
-    points, had, probe = [], 0, 200
-    limit = (10, 200) if quick else (10, 100, 500, 1_000)
+    """A turn, in sessions that have had more and more, each time beside sessions that have had none. The
+    prompt's length is the same throughout: what is asked is what the session's own length costs."""
+    points, had, probe, last = [], 0, 25, 0
     with proxy("ours") as target:
         keys = [key for _, key in target.sessions(8)]
         talk = target.text.messages(5, 200)
-        for wanted in limit:
-            for number in range(had, wanted):
-                said_now = [*talk, {"role": "user", "content": f"turn {number}"}]
-                target.run([chat(said_now, key) for key in keys])
-            used = [
-                cost_ms(
-                    target,
-                    [chat([*talk, {"role": "user", "content": f"{wanted} {i}"}], key) for key in keys],
-                )
-                for i in range(probe // 8)
-            ]
-            had = wanted + probe // 8
-            turn_ms = statistics.mean(used)
-            points.append({"turns": wanted, "turn_ms": turn_ms})
-            said(f"{wanted:7} turns in a session: {turn_ms:.3f} ms a turn")
-    return grown(points, "turn_ms")
+
+        def take(whom: list[str], count: int) -> list[bytes]:
+            nonlocal last
+            last += count
+            numbers = range(last - count, last)
+            says = [[*talk, {"role": "user", "content": f"turn {number}"}] for number in numbers]
+            return [chat(words, key) for words in says for key in whom]
+
+        for wanted in (10, 200) if quick else (10, 100, 500, 1_000):
+            for _ in range(had, wanted):
+                target.run(take(keys, 1))
+            young = [key for _, key in target.sessions(8)]
+            cost_ms(target, take(young, 1))
+            pairs = [(cost_ms(target, take(keys, 5)), cost_ms(target, take(young, 5))) for _ in range(probe)]
+            had = wanted + 5 * probe
+            turn_ms, young_ms = (statistics.median(costs) for costs in zip(*pairs, strict=True))
+            beside = statistics.median(long / short for long, short in pairs)
+            points.append({"turns": had, "turn_ms": turn_ms, "young_ms": young_ms, "beside_young": beside})
+            said(f"{had:7} turns in a session: {turn_ms:.3f} ms a turn, {beside:.2f} of a new session's")
+    return grown(points, "beside_young")
 
 
 def shards(quick: bool) -> dict[str, Any]:
