@@ -59,6 +59,7 @@ def cost_by_scenario(plt: Any, result: dict[str, Any]) -> Any:
         if name in GOALS_MS:
             axes.plot([GOALS_MS[name]] * 2, [i - 0.42, i + 0.42], color=GOAL, linewidth=1.2)
     axes.set_xscale("log")
+    axes.set_xlim(right=3 * axes.get_xlim()[1])  # for the ratios' text
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel(

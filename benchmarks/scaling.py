@@ -3,9 +3,10 @@
     python benchmarks/scaling.py [--workers 1 --workers 2 …] [--rounds 3] [--quick]
 
 A proxy for every number of workers is up for the whole run; each round measures a scenario on all of them in
-turn, by CPU milliseconds a request of the process tree. Workers run on as many CPUs as there are of them,
-where the machine has those and two more for engine and generator; on a smaller one they share, which says
-little about throughput and still tells what a request costs (`shared_cpus` in the result).
+turn, by CPU milliseconds a request of the process tree, with as many connections a worker. Workers run on as
+many CPUs as there are of them, where the machine has those and two more for engine and generator. On a
+smaller one everything shares all CPUs (`shared_cpus` in the result): throughput then says nothing, and a
+request costs more with more workers, because they push each other out of the caches.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from proxy import ours  # noqa: E402
 from scenarios import SCENARIOS, Target, Text, engine, tokenizer_folder  # noqa: E402
 
 NAMES = ("health", "start_session", "chat_short", "set_reward", "export")
-CONNECTIONS = 64
+CONNECTIONS = 32
+"""A worker."""
 
 
 def place(target: Target, cpus: list[int]) -> None:
@@ -49,20 +51,20 @@ def run(numbers: list[int], rounds: int, quick: bool) -> dict[str, Any]:
             arena = ("--arena-max-bytes", "512M")
             one = stack.enter_context(ours(backend, tokenizer_folder(), arena, workers=number))
             targets[number] = Target(f"{number} workers", one.address, one.pid, Text(number))
-            place(targets[number], usable[-1:] if shared else usable[-number:])
-        os.sched_setaffinity(
-            0, usable[:-1] if shared and len(usable) > 1 else usable[: -max(numbers)] or usable
-        )
+            place(targets[number], usable if shared else usable[-number:])
+        if not shared:
+            os.sched_setaffinity(0, usable[: -max(numbers)])
         for turn in range(rounds):
             for name in NAMES:
                 for number in numbers if turn % 2 == 0 else numbers[::-1]:
                     prepare, count, _ = SCENARIOS[name]
                     target = targets[number]
-                    count = max(CONNECTIONS, count // (20 if quick else 2))
+                    connections = CONNECTIONS * number
+                    count = max(connections, count // (10 if quick else 2))
                     prepared = prepare(target, count)
                     assert not callable(prepared)
                     before = load.tree_cpu_s(target.pid)
-                    outcome = target.run(prepared, connections=CONNECTIONS)
+                    outcome = target.run(prepared, connections=connections)
                     point = {
                         "cpu_ms": 1000 * (load.tree_cpu_s(target.pid) - before) / count,
                         "per_second": count / outcome.seconds,
