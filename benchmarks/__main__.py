@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("per_request", "cleanup_latency")
+NAMES = ("per_request", "cleanup_latency", "gpu")
 
 
 def main() -> int:

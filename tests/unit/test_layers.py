@@ -43,9 +43,14 @@ LAZY_UP = {
     ("areal_fast/engine/tokenizer.py", "areal_fast.embedded.tokenizer"),
 }
 
-# torch: in the demo, which is a client. transformers: in the helper for folders with code of their own.
+# torch: in clients, which are the demo and the edge of a GPU client. transformers: in the helper for folders
+# with code of their own.
 HEAVY = {
-    "torch": {"areal_fast/demo/tensors.py", "areal_fast/demo/trainer.py"},
+    "torch": {
+        "areal_fast/demo/tensors.py",
+        "areal_fast/demo/trainer.py",
+        "areal_fast/shards/gpu_torch.py",
+    },
     "transformers": {"areal_fast/engine/tokenizer_helper.py"},
 }
 
@@ -153,7 +158,7 @@ def test_heavy_packages_stay_out(heavy: str) -> None:
     assert found <= HEAVY[heavy]
 
 
-@pytest.mark.parametrize("process", ["supervisor", "worker", "cleaner"])
+@pytest.mark.parametrize("process", ["supervisor", "worker", "cleaner", "keeper"])
 def test_no_process_loads_torch_or_transformers(process: str) -> None:
     program = (
         f"import sys, areal_fast.service.{process}\n"
@@ -163,3 +168,12 @@ def test_no_process_loads_torch_or_transformers(process: str) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=200, check=True
     )
     assert run.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("process", ["supervisor", "worker", "cleaner"])
+def test_only_the_keeper_has_the_cuda_edge(process: str) -> None:
+    program = f"import sys, areal_fast.service.{process}\nprint('areal_fast.core._cuda' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True
+    )
+    assert run.stdout.strip() == "False"
