@@ -45,8 +45,8 @@ LAZY_UP = {
     ("areal_fast/engine/tokenizer.py", "areal_fast.embedded.tokenizer"),
 }
 
-# torch: in the client, where a tensor is made or only named, in the edge of a GPU client, and in the demo, which
-# uses the client. transformers: in the helper for folders with code of their own.
+# torch: in the client, where a tensor is made or only named, in the edge of a GPU client, and in the demo,
+# which uses the client. transformers: in the helper for folders with code of their own.
 HEAVY = {
     "torch": {
         *(f"areal_fast/client/{name}.py" for name in ("tensors", "shards", "references")),
