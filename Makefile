@@ -18,6 +18,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -qq -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SEED ?= $(shell date +%Y%m%d)
 ARGS ?=
+export SOAK_SECONDS ?= 1800
 RUFF_PATHS := areal_fast tests benchmarks setup.py
 NATIVE := $(wildcard csrc/*.c csrc/*.h) $(wildcard areal_fast/core/*.px[dyi]) setup.py
 # Other versions format differently.
@@ -62,12 +63,12 @@ test: build c-test ## the everyday suite: the C tests, then all of pytest but wh
 
 # ---- parts of it, and the long ones ---------------------------------------------------------------------------------
 
-.PHONY: lint format c-test fuzz crash asan ubsan tsan model e2e areal bench soak clean
+.PHONY: lint format c-test fuzz crash asan ubsan tsan model e2e areal bench bench-micro soak soak-churn clean
 lint: build ## ruff, mypy --strict, stubtest, cython-lint; clang-format where installed
 	$(PY) -m ruff check $(wildcard $(RUFF_PATHS))
 	$(PY) -m ruff format --check $(wildcard $(RUFF_PATHS))
 	$(PY) -m mypy
-	$(PY) -m mypy.stubtest areal_fast.core._core
+	$(PY) -m mypy.stubtest areal_fast.core._core areal_fast.core._cuda
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint areal_fast/core/*.px[dyi]
 	@if clang-format --version 2>/dev/null | grep -q 'version $(CLANG_FORMAT)\.'; then \
 	  echo clang-format --dry-run; clang-format --dry-run -Werror csrc/*.[ch]; \
@@ -103,16 +104,23 @@ areal: build ## the released AReaL's gateway, router and client before this prox
 	@$(PY) tests/wire/areal_env.py
 	$(PY) -m pytest -q -m areal tests/e2e $(ARGS)
 
-bench: build ## benchmarks/, see benchmarks/README.md
+bench: build ## benchmarks/ and their plots, half an hour beside the original; ARGS=--quick: small numbers
+	@$(PY) tests/wire/areal_env.py
 	$(PY) -m benchmarks $(ARGS)
 
-soak: build ## whole proxies under random kills, the fuzzers and the property tests, for half an hour
+bench-micro: build ## single steps of a request, by pytest-benchmark
+	$(PY) -m pytest -q benchmarks/micro --benchmark-columns=median,iqr,rounds $(ARGS)
+
+soak-churn: build ## sessions churning at 80 % load for SOAK_SECONDS (1800): nothing may grow
+	$(PY) -m benchmarks soak $(ARGS)
+
+soak: soak-churn ## soak-churn, then random kills, the fuzzers and the property tests, for another half hour
 	for seed in 1 2 3 4 5 6 7 8 9 10; do SEED=$$seed $(PY) -m pytest -q -m soak tests/e2e $(ARGS); done
 	$(MAKE) -C tests/c fuzz SEED=$(SEED) FUZZ_SECONDS=900
 	$(PY) -m tests.fuzz.http_fuzz --seed $(SEED) --seconds 600
 	HYPOTHESIS_PROFILE=thorough $(PY) -m pytest -q tests/property --timeout 3600 $(ARGS)
 
 clean: ## everything that was built, .venv included
-	rm -rf build .venv .venv-areal *.egg-info areal_fast/core/_core.c areal_fast/core/_core*.so
+	rm -rf build .venv .venv-areal *.egg-info areal_fast/core/_core.c areal_fast/core/_cuda.c areal_fast/core/_*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@! test -e tests/c/Makefile || $(MAKE) -C tests/c clean

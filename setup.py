@@ -1,5 +1,6 @@
-"""Builds the one extension: the Cython edge and the whole C core in a single shared object, exporting nothing
-but its module init. Everything else about the package is in pyproject.toml.
+"""Builds two extensions: the Cython edge with the whole C core in a single shared object, and the device
+pool's edge over csrc/cuda.c, which only the keeper and its clients import. Each exports nothing but its
+module init. Everything else about the package is in pyproject.toml.
 
 Environment, read at build time only:
   AREAL_FAST_SANITIZE=address|undefined|thread   an instrumented build (run under the matching LD_PRELOAD)
@@ -52,18 +53,27 @@ class BuildExt(build_ext):
         super().build_extensions()
 
 
-core = Extension(
-    "areal_fast.core._core",
-    sources=["areal_fast/core/_core.pyx", *sorted(glob("csrc/*.c"))],
-    depends=[*glob("areal_fast/core/*.px[di]"), *sorted(glob("csrc/*.h"))],
-    include_dirs=["csrc"],
-    undef_macros=["NDEBUG"] if sanitize or crash_points else [],
-    define_macros=[("AF_CRASH_POINTS", "1")] if crash_points else [],
-    extra_compile_args=compile_args,
-    extra_link_args=link_args,
-)
+CUDA = "csrc/cuda.c"
+
+
+def extension(name, sources, **more):
+    return Extension(
+        f"areal_fast.core.{name}",
+        sources=[f"areal_fast/core/{name}.pyx", *sources],
+        depends=[*glob("areal_fast/core/*.px[di]"), *sorted(glob("csrc/*.h"))],
+        include_dirs=["csrc"],
+        undef_macros=["NDEBUG"] if sanitize or crash_points else [],
+        define_macros=[("AF_CRASH_POINTS", "1")] if crash_points else [],
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+        **more,
+    )
+
+
+core = extension("_core", [source for source in sorted(glob("csrc/*.c")) if source != CUDA])
+cuda = extension("_cuda", [CUDA], libraries=["dl"])  # where dlopen lives before glibc 2.34
 
 setup(
-    ext_modules=cythonize([core], compiler_directives={"language_level": "3"}),
+    ext_modules=cythonize([core, cuda], compiler_directives={"language_level": "3"}),
     cmdclass={"build_ext": BuildExt},
 )

@@ -37,11 +37,16 @@ FOR_EVER_S = 1e9
 END_ARENA_BYTES = 1 << 40
 """Sizes below it are what the core can count."""
 MAX_WORKERS = 24
+CUDA_LIBRARY = "libcuda.so.1"
 LOG_LEVELS = ("trace", "debug", "info", "warning", "error", "critical")
 
 
 class UsageError(Exception):
     """A command line that cannot be obeyed. str() is the one line for the user; exit status 2."""
+
+
+BODY_BYTES = (1 << 30) + (16 << 20)
+"""Default limit of a request body where the arena is large: a raw shard of 1 GiB and its header."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,8 +81,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = 1
     arena_max_bytes: int = 256 << 20
     shard_ttl_s: float = 86400.0
+    gpu_pool_bytes: int = -1
+    """Device memory for GPU shards, taken when the first one is offered. -1: 2 % of the device's; 0: none."""
+    cuda_library: str = CUDA_LIBRARY
     data_auth: bool = False
-    max_body_bytes: int = 1 << 30
+    max_body_bytes: int = BODY_BYTES
     drain_s: float = 10.0
     hang_timeout_s: float = 10.0
     start_timeout_s: float = 60.0
@@ -134,6 +142,11 @@ def _size(text: str) -> int:
     return value
 
 
+def _size_or_none(text: str) -> int:
+    """As _size, and 0."""
+    return 0 if text.strip() == "0" else _size(text)
+
+
 def _parser(prog: str) -> argparse.ArgumentParser:
     positive, non_negative, count = _number(float, 0, above=True), _number(float, 0), _number(int, 1)
     p = _Parser(
@@ -166,6 +179,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--workers", type=count, default=None, help="worker processes; default min(4, usable CPUs)")
     add("--arena-max-bytes", type=_size, default=None, help="shared memory limit; default 5%% of memory")
     add("--shard-ttl-seconds", type=non_negative, default=86400.0, help="0: shards never expire")
+    add(
+        "--gpu-pool-bytes",
+        type=_size_or_none,
+        default=-1,
+        help="for GPU shards; default 2%% of a GPU, 0: none",
+    )
     add("--data-auth", action="store_true", help="ask for the admin key on /data/*")
     add("--max-body-bytes", type=_size, default=None, help="largest request body; default twice the arena")
     add("--drain-seconds", type=non_negative, default=10.0, help="SIGTERM: time for requests in flight")
@@ -191,7 +210,8 @@ def parse(
         tokenizer = BYTE_TOKENIZER if embedded else ""
     _check_backend(backend, embedded=embedded)
     _check_callback(args.callback_server_addr)
-    _check_admin_key(args.host, args.admin_api_key, os.environ if environ is None else environ)
+    environment = os.environ if environ is None else environ
+    _check_admin_key(args.host, args.admin_api_key, environment)
     workers = int(args.workers or min(4, usable_cpus()))
     if workers > MAX_WORKERS:
         raise UsageError(f"argument --workers: at most {MAX_WORKERS}, not {workers}")
@@ -227,13 +247,20 @@ def parse(
         workers=workers,
         arena_max_bytes=arena,
         shard_ttl_s=args.shard_ttl_seconds,
+        gpu_pool_bytes=int(args.gpu_pool_bytes),
+        cuda_library=cuda_library(environment),
         data_auth=args.data_auth,
-        max_body_bytes=args.max_body_bytes or min(2 * arena, 1 << 30),
+        max_body_bytes=args.max_body_bytes or min(2 * arena, BODY_BYTES),
         drain_s=args.drain_seconds,
         hang_timeout_s=args.hang_timeout_seconds,
         start_timeout_s=args.start_timeout_seconds,
     )
     return settings, unknown
+
+
+def cuda_library(environ: Mapping[str, str] | None = None) -> str:
+    """The CUDA driver to open: AREAL_FAST_LIBCUDA (a path or name for dlopen), or the system's."""
+    return (os.environ if environ is None else environ).get("AREAL_FAST_LIBCUDA") or CUDA_LIBRARY
 
 
 def installed_dialect() -> str:

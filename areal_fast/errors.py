@@ -90,6 +90,10 @@ class ShardRejected(ArealFastError):
     """400: the body is no tensor or array, or lies about its shape, dtype or data."""
 
 
+class KeeperAway(ArealFastError):
+    """503: the shard is on a GPU, and its keeper does not answer or cannot copy it. str() says why."""
+
+
 class ShardsNotFound(ArealFastError):
     """400 of a batch: `shard_ids` are those that are missing, in request order."""
 

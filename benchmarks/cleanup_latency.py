@@ -32,30 +32,28 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "wire"), str(HERE.parent 
 
 import load  # noqa: E402
 import machine  # noqa: E402
-import per_request  # noqa: E402
+import scenarios  # noqa: E402
 from proxy import ours  # noqa: E402
 
 LOOK_EVERY_S = 0.02
 WINDOW_LIMIT_S = 300.0
 
 
-def fill(target: per_request.Target, count: int) -> None:
+def fill(target: scenarios.Target, count: int) -> None:
     """`count` sessions of 8 turns, each with a reward, none exported; all touched at the end."""
     sessions = target.sessions(count)
-    for turn in zip(*(per_request._growing(target) for _ in sessions), strict=True):
-        target.run(
-            [per_request.chat(messages, key) for messages, (_, key) in zip(turn, sessions, strict=True)]
-        )
+    for turn in zip(*(scenarios.growing(target) for _ in sessions), strict=True):
+        target.run([scenarios.chat(messages, key) for messages, (_, key) in zip(turn, sessions, strict=True)])
     target.run([load.request("POST", "/rl/set_reward", {"reward": 1.0}, key) for _, key in sessions])
 
 
-def sessions(target: per_request.Target) -> int:
+def sessions(target: scenarios.Target) -> int:
     """How many are live, as /health says."""
     count: int = json.loads(target.run([load.request("GET", "/health")], bodies=True).bodies[0])["sessions"]
     return count
 
 
-async def one_cleanup(target: per_request.Target, rate: float, dumps: Path, count: int) -> dict[str, Any]:
+async def one_cleanup(target: scenarios.Target, rate: float, dumps: Path, count: int) -> dict[str, Any]:
     """Loads /health from now until `count` dumps are there; returns latencies of both windows."""
     stop = asyncio.Event()
     began = time.perf_counter()
@@ -81,7 +79,7 @@ async def one_cleanup(target: per_request.Target, rate: float, dumps: Path, coun
         target.address, load.request("GET", "/health"), rate=rate, stop=stop, limit_s=WINDOW_LIMIT_S
     )
     await watcher
-    per_request.checked(outcome)
+    scenarios.checked(outcome)
     if "last" not in marks:
         raise SystemExit(f"only {len(os.listdir(dumps))} of {count} dumps after {WINDOW_LIMIT_S:g} s")
     timed = list(zip(outcome.due, outcome.latencies, strict=True))
@@ -116,9 +114,9 @@ def run(arguments: argparse.Namespace, tokenizer: Path) -> dict[str, Any]:
     ]  # fmt: skip
     try:
         with contextlib.ExitStack() as stack:
-            backend = stack.enter_context(per_request.engine())
+            backend = stack.enter_context(scenarios.engine())
             proxy = stack.enter_context(ours(backend, tokenizer, flags, workers=arguments.workers))
-            target = per_request.Target("ours", proxy.address, proxy.pid, per_request.Text(2))
+            target = scenarios.Target("ours", proxy.address, proxy.pid, scenarios.Text(2))
             for number in range(arguments.cleanups):
                 fill(target, arguments.sessions)
                 if (live := sessions(target)) != arguments.sessions:
@@ -155,10 +153,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     sys.setswitchinterval(0.0002)  # the generator's clock is a thread, and must get its turn in time
-    import qwen_folder
-
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    result = run(arguments, qwen_folder.build(cache / "areal_fast-qwen"))
+    result = run(arguments, scenarios.tokenizer_folder())
     for name in ("without_cleanup", "during_cleanup", "ratio"):
         print(f"{name:16}", {key: round(value, 3) for key, value in result[name].items()})
     print("generator late p99, ms:", [round(1000 * one["late_p99"], 2) for one in result["cleanup_runs"]])

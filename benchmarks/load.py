@@ -9,8 +9,8 @@ machine was too busy to tell.
 Requests are bytes made beforehand; replies are parsed just enough to find their end (Content-Length or
 chunked). Everything is bounded in number and time, and goes to 127.0.0.1 only.
 
-CPU is that of a whole process tree, from utime and stime of /proc/PID/stat, those of reaped children
-included, in ticks of 10 ms: measure for seconds, not for milliseconds.
+CPU is that of a whole process tree: every process's CPU clock, in nanoseconds (the kernel's own, ended
+threads included), and the ticks of reaped children.
 """
 
 from __future__ import annotations
@@ -140,6 +140,7 @@ async def closed(
     finally:
         outcome.seconds = time.perf_counter() - began
         _close(pool)
+        await asyncio.sleep(0)  # sockets close in the loop's next turn
     return outcome
 
 
@@ -171,6 +172,7 @@ async def conversation(
     finally:
         outcome.seconds = time.perf_counter() - began
         _close(pool)
+        await asyncio.sleep(0)  # sockets close in the loop's next turn
     return outcome
 
 
@@ -228,17 +230,18 @@ async def open_loop(
         await asyncio.wait(running, timeout=STALL_TIMEOUT_S)
     outcome.seconds = time.perf_counter() - began
     _close(everyone)
+    await asyncio.sleep(0)
     return outcome
 
 
 def _stat(pid: int) -> tuple[int, int] | None:
-    """(parent, ticks of this process and of its reaped children), or None if it is gone."""
+    """(parent, ticks of reaped children), or None if it is gone."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()
-    return int(fields[1]), sum(int(value) for value in fields[11:15])
+    return int(fields[1]), int(fields[13]) + int(fields[14])
 
 
 def tree(root: int) -> set[int]:
@@ -254,7 +257,15 @@ def tree(root: int) -> set[int]:
 
 def tree_cpu_s(root: int) -> float:
     """CPU seconds that the process tree has used so far, user and system."""
-    return sum(found[1] for pid in tree(root) if (found := _stat(pid))) / TICKS_PER_S
+    return sum(_cpu_s(pid) + found[1] / TICKS_PER_S for pid in tree(root) if (found := _stat(pid)))
+
+
+def _cpu_s(pid: int) -> float:
+    """The process's own CPU time, by its clock (clock_getcpuclockid(3); 2 is CPUCLOCK_SCHED)."""
+    try:
+        return time.clock_gettime(~pid << 3 | 2)
+    except OSError:
+        return 0.0
 
 
 def tree_rss_bytes(root: int) -> int:

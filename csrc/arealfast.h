@@ -353,6 +353,9 @@ typedef struct {
 /* Counts by scanning the control words in use: about 1 ns a slot. shard_bytes is a running sum. */
 void af_stats(af_arena *a, af_stats_result *out);
 
+/* Live sessions: `sessions_active` alone, for who asks often. */
+uint64_t af_sessions_active(af_arena *a);
+
 /* A full consistency check of a quiet arena: 0, or AF_ECORRUPT with a line of text in `why`. For tests. */
 int af_check(af_arena *a, char *why, size_t why_len);
 

@@ -270,6 +270,9 @@ class ModelArena:
             s.cost, s.ordinal, s.head_word(), s.txn, s.deadline_ns,
         )  # fmt: skip
 
+    def slot_id(self, slot: int) -> bytes:
+        return self._slot(slot).id
+
     def next_ordinal(self, slot: int) -> int:
         s = self._slot(slot)
         s.ordinal += 1
@@ -287,6 +290,10 @@ class ModelArena:
         self.world.close_slot(slot)
 
     # -- log -------------------------------------------------------------------------------------------
+    @staticmethod
+    def record_of(head: int) -> int:
+        return head >> GENERATION_BITS
+
     def head(self, slot: int) -> int:
         return self._slot(slot).head_word()
 
@@ -542,6 +549,9 @@ class ModelArena:
 
     def sessions(self, cursor: int, max: int) -> tuple[list[int], int]:
         return self._page(SESSION, cursor, max, lambda s: True)
+
+    def sessions_active(self) -> int:
+        return self.stats()["sessions_active"]
 
     def stats(self) -> dict[str, int]:
         w = self.world

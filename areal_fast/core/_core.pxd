@@ -219,6 +219,7 @@ cdef extern from "arealfast.h" nogil:
         uint64_t overflow_buckets
         uint64_t overflow_used
     void af_stats(af_arena *a, af_stats_result *out)
+    uint64_t af_sessions_active(af_arena *a)
     int af_check(af_arena *a, char *why, size_t why_len)
 
     enum:

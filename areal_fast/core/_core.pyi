@@ -108,6 +108,9 @@ class Arena:
         """Last access := now. Under a pin."""
 
     def slot_info(self, slot: int) -> SlotInfo: ...
+    def slot_id(self, slot: int) -> bytes:
+        """`slot_info(slot).id` alone: a request asks for it once or twice."""
+
     def next_ordinal(self, slot: int) -> int:
         """0, 1, 2, … of this session. Under a pin."""
 
@@ -117,6 +120,10 @@ class Arena:
         """ACTIVE -> CLOSING, under a pin. Lookups and appends fail from here; the last unpin frees it."""
 
     # -- log -------------------------------------------------------------------------------------------
+    @staticmethod
+    def record_of(head: int) -> int:
+        """The offset of the newest record of the log that has this head word."""
+
     def head(self, slot: int) -> int: ...
     def append(
         self,
@@ -233,6 +240,9 @@ class Arena:
         """granules, granules_used, granules_ready, granules_keep, bytes_max, sessions_active, …_closing,
         …_detached, shards_active, shard_bytes, txns_open, …: the fields of af_stats_result."""
 
+    def sessions_active(self) -> int:
+        """Live sessions: stats()["sessions_active"] alone, by a scan of all slots that were ever used."""
+
     def sessions(self, cursor: int, max: int) -> tuple[list[int], int]:
         """Up to `max` ACTIVE session slots from `cursor` on, and the next cursor (0: the end)."""
 
@@ -263,6 +273,9 @@ def base64_set_level(name: str | None = None) -> None:
 
 def fault_arm(nth: int) -> None:
     """Fail the nth request for memory from the system from now on; 0: none. BadArgument in a plain build."""
+
+def common_prefix(a: bytes, b: bytes) -> int:
+    """How many bytes the two have in common from their start."""
 
 def crash_points() -> list[str]:
     """Names of all crash points; empty unless built with them."""

@@ -26,7 +26,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.memoryview cimport PyMemoryView_FromObject
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset, strerror
+from libc.string cimport memcmp, memcpy, memset, strerror
 
 from areal_fast.core._core cimport *
 
@@ -262,6 +262,13 @@ cdef class Arena:
             PyBytes_FromStringAndSize(s.key, s.key_len), s.created_ns, s.touched_ns, s.nbytes, s.ordinal,
             s.head, s.txn, s.deadline_ns)
 
+    def slot_id(self, uint32_t slot):
+        cdef af_slot_info s
+        cdef int rc = af_slot_get(self.ready(), slot, &s)
+        if rc < 0:
+            fail(rc, "slot_id")
+        return PyBytes_FromStringAndSize(s.id, s.id_len)
+
     def next_ordinal(self, uint32_t slot):
         cdef int64_t rc = af_next_ordinal(self.ready(), slot)
         if rc < 0:
@@ -281,6 +288,10 @@ cdef class Arena:
         check(af_session_close(self.ready(), slot), "close_session")
 
     # -- log -------------------------------------------------------------------------------------------
+    @staticmethod
+    def record_of(uint64_t head):
+        return head >> 24 << 4
+
     def head(self, uint32_t slot):
         return af_log_head(self.ready(), slot)
 
@@ -641,6 +652,9 @@ cdef class Arena:
         self.leave()
         return r
 
+    def sessions_active(self):
+        return af_sessions_active(self.ready())
+
     def consistency(self):
         cdef char why[512]
         cdef int rc
@@ -673,6 +687,18 @@ def _disown_all():
 
 
 os.register_at_fork(after_in_child=_disown_all)
+
+
+def common_prefix(bytes a not None, bytes b not None):
+    cdef const char *x = PyBytes_AS_STRING(a)
+    cdef const char *y = PyBytes_AS_STRING(b)
+    cdef Py_ssize_t n = min(PyBytes_GET_SIZE(a), PyBytes_GET_SIZE(b))
+    cdef Py_ssize_t i = 0
+    while i + 256 <= n and memcmp(x + i, y + i, 256) == 0:
+        i += 256
+    while i < n and x[i] == y[i]:
+        i += 1
+    return i
 
 
 def crash_points():

@@ -8,8 +8,8 @@ got or in a dump.
 
 `flags` is its command line, `day` the timetable, `proxy` the process under test, `agents` and `trainer`
 its users, `tensors` and `ledger` the book-keeping and the checks, `screen` and `report` what a
-person sees. Nothing here is imported by the proxy; the demo imports nothing of it but the byte tokenizer,
-to say which token ids a prompt must have become.
+person sees. Nothing here is imported by the proxy; the demo imports nothing of it but its client, and
+the byte tokenizer, to say which token ids a prompt must have become.
 """
 
 from __future__ import annotations

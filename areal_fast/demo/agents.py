@@ -1,15 +1,14 @@
 """The agents: multi-turn conversations through the `openai` client, as any agent framework would hold them.
 
 An agent knows a base URL and its session's key, nothing else of the proxy. It repeats what fails as its
-tools do: the `openai` client by itself repeats requests whose connection breaks; a stream that breaks in
-the middle is the agent's own to repeat; so are AReaL's calls (start a session, set a reward, export).
-`World` counts what really failed, with the time, so that the report can say what a killed worker cost.
+tools do: the `openai` client and areal_fast's own repeat by themselves what is safe to repeat; a stream that
+breaks in the middle is the agent's own to repeat, and so is the start of a session. `World` counts what
+really failed, with the time, so that the report can say what a killed worker cost.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 import openai
 
+from areal_fast.client import AsyncClient, Request, Unreachable
 from areal_fast.demo.ledger import Ledger, Messages, Session, Turn
 
 ATTEMPTS = 6
@@ -57,46 +57,36 @@ class World:
         self.ledger = ledger
         self.random = random.Random(seed)
         self.openai = openai.AsyncOpenAI(base_url=url, api_key=admin_key, max_retries=ATTEMPTS, timeout=60)
+        self.client = AsyncClient(url, admin_key, observe=self._count)
         self.failures: list[Failure] = []
         self.call_latency_s: dict[str, list[float]] = {}
 
-    async def call(self, path: str, body: Any, key: str | None = None, method: str = "POST") -> Any:
-        """One JSON request, repeated while its connection breaks. With the admin key unless another is given.
-
-        Raises openai.APIStatusError for an error status."""
-        client = self.openai if key is None else self.openai.with_options(api_key=key)
-        send: Any = {"GET": client.get, "POST": client.post, "DELETE": client.delete}[method]
-        more = {} if body is None else {"body": body}
-        for attempt in range(ATTEMPTS):
-            sent = time.monotonic()
-            try:
-                reply: Any = await send(path, cast_to=object, options={"max_retries": 0}, **more)
-            except openai.APIConnectionError:
-                self.failures.append(Failure(path, sent, time.monotonic()))
-                if attempt == ATTEMPTS - 1:
-                    raise
-                await asyncio.sleep(0.05 * 2**attempt)
-                continue
-            self.call_latency_s.setdefault(path, []).append(time.monotonic() - sent)
-            # the client reads JSON only where the content type says so; batches of tensors come as octets
-            return json.loads(reply) if isinstance(reply, str) else reply
-        raise AssertionError("unreachable")
+    def _count(self, request: Request) -> None:
+        if request.error is None:
+            self.call_latency_s.setdefault(request.path, []).append(request.ended - request.began)
+        else:
+            self.failures.append(Failure(request.path, request.began, request.ended))
 
     async def start(self, task_id: str, group_size: int = 1) -> tuple[str, list[Session]]:
-        """Start a session or a group: (group id, its sessions)."""
-        reply = await self.call("/rl/start_session", {"task_id": task_id, "group_size": group_size})
-        rows = reply["sessions"]
-        return reply["group_id"], [
-            self.ledger.start(row["session_id"], row["session_api_key"]) for row in rows
-        ]
+        """Start a session or a group: (group id, its sessions). Again if a connection breaks: sessions that
+        were started for nobody hold nothing and go stale."""
+        for attempt in range(ATTEMPTS):
+            try:
+                started = await self.client.start_group(task_id, group_size)
+                break
+            except Unreachable:
+                if attempt == ATTEMPTS - 1:
+                    raise
+        return started[0].group_id, [self.ledger.start(one.id, one.api_key) for one in started]
 
     async def reward(self, session: Session, reward: float) -> None:
         """Reward the session's last answer, which closes its trajectory."""
-        await self.call("/rl/set_reward", {"reward": reward}, key=session.key)
+        await self.client.session(session.id, session.key).set_reward(reward)
         session.reward = reward
 
     async def close(self) -> None:
         await self.openai.close()
+        await self.client.close()
 
 
 async def converse(world: World, session: Session, turns: int) -> None:

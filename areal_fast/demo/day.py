@@ -194,15 +194,15 @@ class _Conductor:
         await self._busy_engine()
         update = self.ledger.update
         update.began = time.monotonic()
-        await self.world.call("/pause_generation", {})
+        await self.world.client.pause()
         await self._everywhere("paused", True)
         load = {"model_path": "weights of version 1"}
         await asyncio.to_thread(
             self.proxy.call, "POST", f"{self.proxy.engine_url}/update_weights_from_disk", load
         )
-        await self.world.call("/set_version", {"version": 1})
+        await self.world.client.set_version(1)
         await self._everywhere("version", 1)
-        await self.world.call("/continue_generation", {})
+        await self.world.client.resume()
         update.ended = time.monotonic()
         await self._everywhere("paused", False)
         self.screen.event(

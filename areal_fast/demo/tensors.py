@@ -1,18 +1,16 @@
-"""Tensors as they travel, turned into torch tensors and then into rows: one per interaction.
+"""Tensors as exported, turned into rows: one per interaction.
 
 A row is what a trainer would learn from: prompt and output ids, log-probs and weight versions of the
 output, a reward. `rows` also checks what must hold for any batch: dtypes, equal shapes, padding on the
 right, a mask that is 0 for the prompt and 1 for the output, log-probs 0 and versions -1 where the mask is
 0.
-Source: the wire page, "Export" and "Shards".
+Source: the wire page, "Export".
 """
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -41,17 +39,6 @@ class Row:
     logprobs: list[float]
     versions: list[int]
     reward: float
-
-
-def to_torch(wire: Mapping[str, Any]) -> torch.Tensor:
-    """A `{"type":"tensor","data":base64,"shape","dtype":"torch.…"}` as a tensor of its own memory."""
-    if wire.get("type") != "tensor" or not str(wire.get("dtype", "")).startswith("torch."):
-        raise BadTensor(f"not a tensor: {str(wire)[:100]}")
-    dtype = getattr(torch, wire["dtype"].removeprefix("torch."))
-    data = bytearray(base64.b64decode(wire["data"], validate=True))
-    if not data:
-        return torch.empty(wire["shape"], dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).reshape(wire["shape"])
 
 
 def rows(tensors: Mapping[str, torch.Tensor], interaction_id: str | None = None) -> list[Row]:

@@ -1,26 +1,25 @@
 """The trainer: takes finished trajectories, fetches their tensors, frees them. And the reading of dumps.
 
-Two forms of export are used, told apart by the request: pull request 1268's (one session, an RTensor for
-each tensor of each interaction) and AReaL 1.0's (the sessions of a group merged into one padded batch).
-Either way the tensors stay with the proxy as shards until they are fetched and cleared.
+Both forms of export are used: one session interaction by interaction, and the sessions of a group merged
+into one padded batch. Either way the tensors stay with the proxy as shards until they are fetched and
+cleared.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
-import openai
-import torch
+import msgspec
 
+from areal_fast.client import ClientError, Reference, ShardsNotFound, Trajectory
+from areal_fast.client.shards import decode_json
 from areal_fast.demo.agents import World
 from areal_fast.demo.ledger import Check, Session
-from areal_fast.demo.tensors import BadTensor, Row, rows, to_torch
+from areal_fast.demo.tensors import BadTensor, Row, rows
 
 DISCOUNT = 0.9
 BACKLOG = 8
@@ -57,64 +56,57 @@ class Trainer:
             group_id, sessions = job
             try:
                 await (self._group(group_id, sessions) if group_id else self._single(sessions[0]))
-            except (
-                openai.APIError,
-                BadTensor,
-                KeyError,
-            ) as error:  # the day goes on, the verdict will say it
+            except (ClientError, BadTensor) as error:  # the day goes on, the verdict will say it
                 self.shards.that(False, f"{[session.id for session in sessions]}: {error!r}")
 
     async def _single(self, session: Session) -> None:
-        """pull request 1268's form: {interactions: {id: {tensor_dict: {name: RTensor}, …}}}."""
-        body = {
-            "session_id": session.id,
-            "discount": DISCOUNT,
-            "remove_session": self.world.random.random() < 0.7,
-        }
-        reply = await self.world.call("/export_trajectories", body)
+        """One session, interaction by interaction (pull request 1268's form)."""
+        remove = self.world.random.random() < 0.7
+        exported = await self._fetch(
+            await self.world.client.export(
+                session.id, form="interactions", discount=DISCOUNT, remove_session=remove, fetch=False
+            )
+        )
         found: list[Row] = []
-        announced = {name: entry["tensor_dict"] for name, entry in reply["interactions"].items()}
-        tensors = await self._fetch([tensor for entry in announced.values() for tensor in entry.values()])
-        for name, entry in announced.items():
-            found += rows(dict(zip(entry, tensors, strict=False)), name)
-            del tensors[: len(entry)]
+        for name, interaction in exported.interactions.items():
+            found += rows(interaction.tensors, name)
         self._learn(found)
         self.world.ledger.found([session.id], found, "export (one session)", DISCOUNT)
 
     async def _group(self, group_id: str, sessions: list[Session]) -> None:
-        """1.0's form: {traj: {name: RTensor}}, one batch over all interactions of the group."""
+        """One batch over all interactions of the group (1.0's form)."""
         names = [session.id for session in sessions]
-        body = {"session_ids": names, "group_id": group_id, "discount": DISCOUNT, "style": "individual"}
-        announced = (await self.world.call("/export_trajectories", body))["traj"]
-        tensors = await self._fetch(list(announced.values()))
-        found = rows(dict(zip(announced, tensors, strict=True)))
+        exported = await self._fetch(
+            await self.world.client.export(names, group_id=group_id, discount=DISCOUNT, fetch=False)
+        )
+        found = rows(exported.batch)
         self._learn(found, groups=1, trajectories=len(sessions))
         self.world.ledger.found(names, found, "export (group)", DISCOUNT)
 
-    async def _fetch(self, announced: list[dict[str, Any]]) -> list[torch.Tensor]:
-        """The tensors behind RTensors, in order; afterwards their shards are cleared."""
-        ids = [tensor["data"]["shard"]["data"]["shard_id"] for tensor in announced]
-        wire = await self.world.call("/data/batch", {"shard_ids": ids})
-        tensors = [to_torch(tensor) for tensor in wire]
+    async def _fetch(self, exported: Trajectory) -> Trajectory:
+        """The same with its tensors; afterwards their shards are cleared."""
+        client, announced = self.world.client, exported.all_references()
+        tensors = [shard.tensor for shard in await client.get_many(announced)]
         for tensor, one in zip(tensors, announced, strict=True):
-            meta = one["data"]["data"]
-            same = list(tensor.shape) == meta["shape"] and str(tensor.dtype) == meta["dtype"]
-            self.shards.that(same, f"{meta} came as {tuple(tensor.shape)} {tensor.dtype}")
-        cleared = (await self.world.call("/data/clear", {"shard_ids": ids}, method="DELETE"))["cleared_count"]
-        self.shards.that(cleared == len(ids) or bool(self.world.failures), f"cleared {cleared} of {len(ids)}")
-        await self._expect_gone(ids[0])
+            same = tuple(tensor.shape) == one.shape and str(tensor.dtype) == f"torch.{one.dtype}"
+            self.shards.that(same, f"{one} came as {tuple(tensor.shape)} {tensor.dtype}")
+        cleared = await client.delete(announced)
+        self.shards.that(
+            cleared == len(announced) or bool(self.world.failures), f"cleared {cleared} of {len(announced)}"
+        )
+        await self._expect_gone(announced[0])
         self.learned.tensors += len(tensors)
-        self.learned.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return tensors
+        self.learned.bytes += sum(tensor.nbytes for tensor in tensors)
+        exported.fill(dict(zip(announced, tensors, strict=True)))
+        return exported
 
-    async def _expect_gone(self, shard_id: str) -> None:
+    async def _expect_gone(self, reference: Reference) -> None:
         try:
-            await self.world.call(f"/data/{shard_id}", None, method="GET")
-        except openai.APIStatusError as error:
-            status = error.status_code
+            await self.world.client.get(reference)
+        except ShardsNotFound:
+            self.shards.that(True, "")
         else:
-            status = 200
-        self.shards.that(status == 404, f"a cleared shard answers {status}")
+            self.shards.that(False, "a cleared shard is still there")
 
     def _learn(self, found: list[Row], groups: int = 0, trajectories: int = 1) -> None:
         self.learned.groups += groups
@@ -126,6 +118,16 @@ def session_of(name: str) -> str | None:
     """The session whose dump has this file name; None if it is no dump's (one still being written, say)."""
     match = None if name.startswith(".") else _DUMP_NAME.fullmatch(name)
     return None if match is None else unquote(match["session"])
+
+
+class _Dumped(msgspec.Struct):
+    """One interaction of a dump."""
+
+    interaction_id: str
+    tensor_dict: dict[str, msgspec.Raw]
+
+
+_dump_decoder = msgspec.json.Decoder(dict[str, _Dumped])
 
 
 class Dumps:
@@ -148,7 +150,7 @@ class Dumps:
             self.check.that(mode == 0o600, f"{path.name} has mode {mode:o}")
             try:
                 found = self._rows(path)
-            except (BadTensor, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (BadTensor, ClientError, msgspec.DecodeError, ValueError) as error:
                 self.check.that(False, f"{path.name}: {error!r}")
                 continue
             world.ledger.found([session_id], found, "dump", 1.0)
@@ -156,10 +158,11 @@ class Dumps:
     @staticmethod
     def _rows(path: Path) -> list[Row]:
         found: list[Row] = []
-        for name, entry in json.loads(path.read_bytes()).items():
-            if entry["interaction_id"] != name:
-                raise ValueError(f"{entry['interaction_id']} stands under {name}")
-            found += rows({key: to_torch(tensor) for key, tensor in entry["tensor_dict"].items()}, name)
+        for name, entry in _dump_decoder.decode(path.read_bytes()).items():
+            if entry.interaction_id != name:
+                raise ValueError(f"{entry.interaction_id} stands under {name}")
+            tensors = {key: decode_json(key, path.name, raw).tensor for key, raw in entry.tensor_dict.items()}
+            found += rows(tensors, name)
         return found
 
     def expect_no_leftovers(self) -> None:

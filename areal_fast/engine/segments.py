@@ -170,8 +170,11 @@ class SegmentEncoder:
             return _prompt_of([self._plain(text)]) if len(text) <= work else None
         segments = self._cut.split(text)
         young = self._young
-        found = [young.get(segment) for segment in segments]
-        if None in found:
+        found: list[_Entry | None]
+        try:
+            found = list(map(young.__getitem__, segments))
+        except KeyError:
+            found = list(map(young.get, segments))
             missing = self._promote(segments, found)
             if missing:
                 if self.work_of(missing) > work:

@@ -213,6 +213,9 @@ class ChatTemplate:
             self._templates = {name: environment.from_string(text) for name, text in sources.items()}
         except jinja2.exceptions.TemplateSyntaxError as error:
             raise TemplateFailed(f"the chat template does not compile: {error}") from error
+        for template in self._templates.values():
+            # jinja2's is a ChainMap, which every rendering walks twice; nothing is added to it here
+            template.globals = dict(template.globals)
 
     def render(
         self,

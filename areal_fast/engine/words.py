@@ -73,7 +73,7 @@ class WordEncoder:
         if text.isascii():
             units = self._words(text)
             # a gap in the pattern's matches is a word too, for the tokenizer: leave such text to it
-            return self._ids(units) if sum(map(len, units)) == len(text) else None
+            return self._ids(units) if "".join(units) == text else None
         chunks = _CHUNK.findall(text)
         if len(chunks) == 1:
             return None
@@ -82,7 +82,7 @@ class WordEncoder:
             if is_ascii:
                 part = "".join(group)
                 words = self._words(part)
-                if sum(map(len, words)) != len(part):
+                if "".join(words) != part:
                     return None
                 units += words
             else:
@@ -91,13 +91,16 @@ class WordEncoder:
 
     def _ids(self, units: list[str]) -> list[int] | None:
         young = self._young
-        found = [young.get(unit) for unit in units]
-        if None in found:
-            new = self._new([unit for unit, ids in zip(units, found, strict=True) if ids is None])
-            if new is None:
-                return None
-            found = [new[unit] if ids is None else ids for unit, ids in zip(units, found, strict=True)]
-        return list(chain.from_iterable(found))  # type: ignore[arg-type]
+        try:
+            return list(chain.from_iterable(map(young.__getitem__, units)))
+        except KeyError:
+            found = list(map(young.get, units))
+        new = self._new([unit for unit, ids in zip(units, found, strict=True) if ids is None])
+        if new is None:
+            return None
+        return [
+            id for unit, ids in zip(units, found, strict=True) for id in (new[unit] if ids is None else ids)
+        ]
 
     def _new(self, units: list[str]) -> dict[str, list[int]] | None:
         """The ids of units that are not in the young generation; they are, afterwards. None: ask for the

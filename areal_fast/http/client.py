@@ -35,6 +35,7 @@ from areal_fast.http.headers import HeaderPairs, Headers, encode_headers
 
 _TARGET = re.compile(r"/[\x21-\x7e]*")
 _JOIN_BELOW = 65536
+_KEPT_STARTS = 64
 
 
 class BaseUrl(msgspec.Struct, frozen=True):
@@ -150,6 +151,7 @@ class Client:
         self._max_header_bytes = max_header_bytes
         self._idle_timeout_s = idle_timeout_s
         self._retry_stale = retry_stale
+        self._starts: dict[tuple[str, str, bool], bytes] = {}  # heads that callers repeat
         self._idle: dict[EngineConnection, float] = {}  # since when; the last one was used last
         self._open: set[EngineConnection] = set()
         self._connecting = 0
@@ -271,6 +273,18 @@ class Client:
     # Messages
 
     def _encode(self, method: str, path: str, body: bytes, headers: HeaderPairs) -> list[bytes]:
+        has_body = bool(body) or method in ("POST", "PUT", "PATCH")
+        start = self._starts.get((method, path, has_body)) if headers == () else None
+        if start is None:
+            start = self._start(method, path, has_body, headers)
+        if has_body:
+            start = b"%bcontent-length: %d\r\n\r\n" % (start, len(body))
+        else:
+            start += b"\r\n"
+        return [start + body] if len(body) < _JOIN_BELOW else [start, body]
+
+    def _start(self, method: str, path: str, has_body: bool, headers: HeaderPairs) -> bytes:
+        """The head up to the body's length; kept where a caller adds nothing of its own."""
         if not _TARGET.fullmatch(path):
             raise ValueError(f"not a request target: {path!r}")
         if not re.fullmatch(r"[A-Z]{1,32}", method):
@@ -283,15 +297,12 @@ class Client:
                 lines.append(encode_headers([(b"x", value)]).replace(b"x", b"content-type", 1))
             else:
                 lines.append(encode_headers([(name, value)]))
-        if body or method in ("POST", "PUT", "PATCH"):
-            if not own_type:
-                lines.append(b"content-type: application/json\r\n")
-            lines.append(b"content-length: %d\r\n" % len(body))
-        lines.append(b"\r\n")
-        if len(body) < _JOIN_BELOW:
-            lines.append(body)
-            return [b"".join(lines)]
-        return [b"".join(lines), body]
+        if has_body and not own_type:
+            lines.append(b"content-type: application/json\r\n")
+        start = b"".join(lines)
+        if headers == () and len(self._starts) < _KEPT_STARTS:
+            self._starts[method, path, has_body] = start
+        return start
 
     def _deadline(self, method: str, path: str, timeout_s: float) -> _Deadline:
         return _Deadline(asyncio.get_running_loop(), timeout_s, f"{method} {path}")

@@ -4,7 +4,7 @@ llhttp (httptools) reads the syntax in its strict mode: tokens, control characte
 colons, bare CR and LF, lengths that are not plain digits or stand twice. It is given exactly one head and
 then dropped; a fresh one costs 0.3 µs. What the head says about framing is decided here and nowhere else, by
 RFC 9112 section 6 read strictly: wherever two parties could disagree about where a message ends, the message
-is refused.
+is refused. A head is immutable, and shared by all requests that had the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ProtocolError(Exception):
         self.detail = detail
 
 
-class RequestHead(msgspec.Struct, gc=False):
+class RequestHead(msgspec.Struct, gc=False, frozen=True):
     """One request without its body. body_size is a count or CHUNKED; `path` is percent-decoded, `query` is
     not."""
 
@@ -50,7 +50,7 @@ class RequestHead(msgspec.Struct, gc=False):
     expects_continue: bool
 
 
-class ReplyHead(msgspec.Struct, gc=False):
+class ReplyHead(msgspec.Struct, gc=False, frozen=True):
     """One reply without its body. body_size is a count, CHUNKED or UNTIL_EOF."""
 
     status: int
@@ -77,8 +77,28 @@ class _Fields:
         self.pairs.append((name, value if name == b"authorization" else value.rstrip(b" \t")))
 
 
+_KNOWN = 512
+_KNOWN_BYTES = 1024
+_requests: dict[bytes, RequestHead] = {}
+_replies: dict[tuple[bytes, str], ReplyHead] = {}
+
+
 def parse_request_head(block: bytes) -> RequestHead:
-    """`block` ends with the first empty line. Raises ProtocolError 400, 417, 501 or 505."""
+    """`block` ends with the first empty line. Raises ProtocolError 400, 417, 501 or 505.
+
+    A client's heads repeat byte for byte, so the last few are kept with what they mean, which depends on
+    nothing else: 0.1 µs instead of 3."""
+    head = _requests.get(block)
+    if head is None:
+        head = _parse_request_head(block)
+        if len(block) <= _KNOWN_BYTES:
+            if len(_requests) >= _KNOWN:
+                _requests.clear()
+            _requests[block] = head
+    return head
+
+
+def _parse_request_head(block: bytes) -> RequestHead:
     fields = _Fields()
     parser = httptools.HttpRequestParser(fields)
     try:
@@ -168,7 +188,19 @@ def _split_target(url: bytes) -> tuple[str, str]:
 
 
 def parse_reply_head(block: bytes, method: str) -> ReplyHead:
-    """`block` ends with the first empty line; `method` is the request's. Raises ProtocolError (502)."""
+    """`block` ends with the first empty line; `method` is the request's. Raises ProtocolError (502). The last
+    few are kept, as those of requests."""
+    head = _replies.get((block, method))
+    if head is None:
+        head = _parse_reply_head(block, method)
+        if len(block) <= _KNOWN_BYTES:
+            if len(_replies) >= _KNOWN:
+                _replies.clear()
+            _replies[block, method] = head
+    return head
+
+
+def _parse_reply_head(block: bytes, method: str) -> ReplyHead:
     fields = _Fields()
     parser = httptools.HttpResponseParser(fields)
     try:

@@ -247,6 +247,13 @@ class SessionState:
             elif kind == rec.CHECKPOINT:
                 self._checkpoint(rec.unpack_checkpoint(meta))
 
+    def append(self, head: int, offset: int, m: rec.InteractionMeta, nbytes: int) -> None:
+        """Fold on over the one INTERACTION that this process appended right behind the state's head, without
+        reading it again. `head` is the log's word now, `nbytes` of meta and data."""
+        nbytes += RECORD_HEADER_BYTES
+        self._add(Interaction(m.ordinal, m.trajectory, m.interaction_id, offset, nbytes, m))
+        self.head = head
+
     def _add(self, interaction: Interaction) -> None:
         self.live_bytes += interaction.nbytes
         interaction.seq = self.seq
@@ -345,11 +352,11 @@ class SessionState:
     def leaving(self) -> bool:
         """A live export takes the session away. Its client may have the reply already, a moment before that
         is known here: whoever asks for the session meanwhile waits for the outcome."""
-        return any(p.remove for p in self.pending)
+        return bool(self.pending) and any(p.remove for p in self.pending)
 
     def is_held(self, trajectory: int) -> bool:
         """A live export holds this trajectory. See `leaving`."""
-        return any(p.trajectory == trajectory for p in self.pending)
+        return bool(self.pending) and any(p.trajectory == trajectory for p in self.pending)
 
     @property
     def is_empty(self) -> bool:

@@ -137,7 +137,7 @@ def describe(body: Buffer) -> Described:
         raise ShardRejected("'dtype' must be a string")
     sizes = _shape(m.shape)
     if m.type == "ndarray":
-        dtype = _numpy_dtype(m.dtype)
+        dtype = numpy_dtype(m.dtype)
         return Described(dtype.str, sizes, (dtype.itemsize,), ("ndarray",), m.data)
     name = m.dtype.replace("torch.", "")
     name = _ALIASES.get(name, name)
@@ -201,7 +201,7 @@ def _fit(sizes: tuple[int, ...], nbytes: int, widths: tuple[int, ...]) -> tuple[
     raise ShardRejected(f"shape {list(sizes)[:8]} does not fit {nbytes} bytes of data")
 
 
-def _numpy_dtype(text: str) -> np.dtype[Any]:
+def numpy_dtype(text: str) -> np.dtype[Any]:
     if not _NUMPY_DTYPE.fullmatch(text):
         raise ShardRejected(f"Unknown array dtype {text[:80]!r}")
     try:

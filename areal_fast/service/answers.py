@@ -48,6 +48,7 @@ _STATUS: Final[dict[type[Exception], int]] = {
     errors.SessionNotFound: 404,
     errors.TrajectoryNotFound: 404,
     errors.KeyBound: 409,
+    errors.KeeperAway: 503,
 }
 
 

@@ -20,9 +20,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 
-from areal_fast.core import ArenaFull, Gone
+from areal_fast.core import ArenaFull, Gone, IndexBusy
 from areal_fast.engine import reply
 from areal_fast.engine.answer import Answer, Piece, StreamedAnswer, whole_answer
 from areal_fast.engine.detokenize import OutputRejected
@@ -31,6 +30,7 @@ from areal_fast.engine.generate import Engine, Generation
 from areal_fast.engine.sampling import MAX_TOTAL_TOKENS, sampling_from_chat, stable_seed
 from areal_fast.engine.tokenizer import Prompt, TemplateFailed, Tokenizer
 from areal_fast.engine.tools import ToolParsing
+from areal_fast.errors import ExportBusy
 from areal_fast.protocol.chat import BadChat, ChatRequest, decode_chat, with_object_arguments
 from areal_fast.protocol.records import pack_words
 from areal_fast.service import auth
@@ -104,7 +104,10 @@ class Chats:
         self.in_flight += 1
         session: Session | None = None
         try:
-            session = await when_free(lambda: self._session(exchange))
+            try:
+                session = self._session(exchange)
+            except (IndexBusy, ExportBusy):
+                session = await when_free(lambda: self._session(exchange))
             if session is None and self._is_admin(exchange):
                 session = await when_free(self._store.hitl)
             if call is not None:
@@ -286,7 +289,7 @@ class Chats:
             return
         try:
             turn.commit(
-                prompt_ids=np.frombuffer(prompt.data, np.int32),
+                prompt_ids=prompt.data,
                 output_ids=generation.output_ids,
                 logprobs=generation.logprobs,
                 version_runs=generation.version_runs,

@@ -45,6 +45,11 @@ class Boot(msgspec.Struct, kw_only=True):
     arena_fd: int
     control_fd: int
     listen_fd: int = -1
+    local_fd: int = -1
+    pocket_fds: tuple[int, ...] = ()
+    """A keeper's: where it puts its pool's descriptor, and where a successor finds it."""
+    gpu: str = ""
+    """A keeper's GPU as a UUID; "": the first there is."""
     supervisor_pid: int
     settings: Settings
 
@@ -68,11 +73,16 @@ class Child:
         """SIGTERM or SIGINT came: count it where the supervisor looks, do nothing else."""
         self.arena.add_word(TREE_SIGNALLED, 1)
 
-    def send(self, message: dict[str, Any]) -> bool:
-        """Tell the supervisor. Never blocks; False if the line is full or gone."""
+    def send(self, message: dict[str, Any], fd: int = -1) -> bool:
+        """Tell the supervisor, with a descriptor if given. Never blocks; False if the line is full or
+        gone."""
         packet = msgspec.json.encode(message)
         try:
-            return len(packet) <= MAX_MESSAGE_BYTES and self.control.send(packet) == len(packet)
+            if len(packet) > MAX_MESSAGE_BYTES:
+                return False
+            if fd >= 0:
+                return socket.send_fds(self.control, [packet], [fd]) == len(packet)
+            return self.control.send(packet) == len(packet)
         except OSError:
             return False
 

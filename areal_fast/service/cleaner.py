@@ -26,6 +26,7 @@ from areal_fast.core import STATE_DETACHED, STATE_DUMPED, CoreError, IndexBusy
 from areal_fast.protocol.records import NO_COURIER, UNCLAIMED
 from areal_fast.service import child, words
 from areal_fast.service.child import HEARTBEAT_S, Child
+from areal_fast.shards.store import COUNTS_CHANGED, DEATHS
 from areal_fast.store import CleanupReport, SessionStore
 from areal_fast.store.dump import unusable
 
@@ -38,6 +39,8 @@ STOCK_BYTES: Final = 8 << 20
 LOOK_S: Final = 10.0  # between two looks for routed experts that nobody refers to
 """Memory kept backed ahead of use, as much as `punch_idle` leaves: a worker that met unbacked memory would
 pay 0.5 ms for its next 2 MiB."""
+RECOUNT_S: Final = 0.05
+"""Between the two counts of shards that must agree."""
 PORTION_S: Final = 2.0
 MAX_FAILURES_TOLD: Final = 20
 """Sessions named one by one: in /health, and in the log a run."""
@@ -64,6 +67,7 @@ class Cleaner:
         self.failing: dict[str, str] = {}
         self.folder_trouble = ""
         self._remind_at = 0.0
+        self._counted = (0, 0)
         self._orders: list[dict[str, Any]] = []
         self._status: dict[str, Any] = {}
         self._next_look = 0.0
@@ -213,8 +217,11 @@ class Cleaner:
 
     # -- shards and memory -----------------------------------------------------------------------------
     def _keep_house(self) -> None:
-        """Late rewards of dead workers, expired shards, memory nobody uses."""
+        """Late rewards of dead workers, expired shards, their totals, memory nobody uses."""
         try:
+            doubt = (self._arena.word(COUNTS_CHANGED), self._arena.word(DEATHS))
+            if doubt != self._counted and self.store.shards.recount(lambda: time.sleep(RECOUNT_S)):
+                self._counted = doubt
             if self._settings.set_reward_finish_timeout_s > 0:
                 self.store.fire_due(self.store.now_ns(), scan=True)
             if self._settings.shard_ttl_s > 0:

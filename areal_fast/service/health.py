@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from areal_fast.shards.store import FILE_BYTES
+
 if TYPE_CHECKING:
     from areal_fast.http import Exchange
     from areal_fast.service.control import Engines
@@ -59,8 +61,10 @@ class Health:
                 "workers": board.get("workers", []),
                 "cleaner": board.get("cleaner"),
                 "engine": board.get("engine"),
+                **{name: row for name, row in board.items() if name.startswith("keeper-")},
                 "stuck": board.get("stuck", []),
                 "arena": self._store.arena.stats(),
+                "shard_file_bytes": self._store.arena.word(FILE_BYTES),
                 "cleanup": board.get("cleanup", {}),
             }
         )

@@ -253,6 +253,12 @@ def _paths(ref: dict[type, Schema]) -> dict[str, Schema]:
         ),
         "/v1/responses": responses,
         "/responses": responses,
+        "/data/gpu": _operation(
+            "Where this host's processes share GPU tensors",
+            body=_object({}, gpu=_TEXT), body_required=False,
+            ok=_object({"gpu": _TEXT, "socket": _TEXT, "pool_bytes": _INT}),
+            errors=(400, 401, 403, 503), **data,
+        ),
         "/data/batch": _operation(
             "Several tensors", body=shard_ids, ok=_list(_TENSOR), errors=(401, 403), **octets
         ),

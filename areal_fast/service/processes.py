@@ -201,7 +201,7 @@ class Process:
         messages: list[dict[str, Any]] = []
         while True:
             try:
-                packet = self.control.recv(MAX_MESSAGE_BYTES)
+                packet, fds, _, _ = socket.recv_fds(self.control, MAX_MESSAGE_BYTES, 1)
             except ConnectionResetError:
                 continue  # it died with messages of ours unread; its own last words are still to come
             except OSError:
@@ -212,13 +212,26 @@ class Process:
             try:
                 message = msgspec.json.decode(packet)
             except msgspec.DecodeError:
-                continue
-            if isinstance(message, dict):
-                messages.append(message)
+                message = None
+            if isinstance(message, dict) and (message.get("is") == "hold") >= bool(fds):
+                messages.append(message if not fds else {**message, "fd": fds[0]})
+            else:
+                for fd in fds:
+                    os.close(fd)
 
 
-def spawn(role: Role, settings: Settings, tick: int, *, arena_fd: int, listen_fd: int) -> Process:
-    """fork+exec a worker or the cleaner, with exactly the descriptors it needs."""
+def spawn(
+    role: Role,
+    settings: Settings,
+    tick: int,
+    *,
+    arena_fd: int,
+    listen_fd: int,
+    local_fd: int = -1,
+    pocket_fds: tuple[int, ...] = (),
+    gpu: str = "",
+) -> Process:
+    """fork+exec a worker, the cleaner or a keeper, with exactly the descriptors it needs."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     boot_fd = os.memfd_create("areal_fast-boot", os.MFD_CLOEXEC)
     try:
@@ -229,12 +242,15 @@ def spawn(role: Role, settings: Settings, tick: int, *, arena_fd: int, listen_fd
             arena_fd=arena_fd,
             control_fd=theirs.fileno(),
             listen_fd=listen_fd,
+            local_fd=local_fd,
+            pocket_fds=pocket_fds,
+            gpu=gpu,
             supervisor_pid=os.getpid(),
             settings=settings,
         )
         os.write(boot_fd, msgspec.json.encode(boot))
         os.lseek(boot_fd, 0, os.SEEK_SET)
-        fds = [fd for fd in (arena_fd, theirs.fileno(), boot_fd, listen_fd) if fd >= 0]
+        fds = [fd for fd in (arena_fd, theirs.fileno(), boot_fd, listen_fd, local_fd, *pocket_fds) if fd >= 0]
         popen = _popen([*python_command(role.module), "--boot-fd", str(boot_fd)], fds)
     except BaseException:
         ours.close()

@@ -19,14 +19,13 @@ What is not seen: a first one that is still in flight in another worker; its rep
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from areal_fast.protocol.retries import Asked, asked
 from areal_fast.store.couriers import courier_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from areal_fast.http import Exchange
     from areal_fast.store import Session, SessionStore
@@ -34,15 +33,45 @@ if TYPE_CHECKING:
 
 
 class Flight:
-    """One chat that is with the engine and will be recorded, with `body_hash`."""
+    """One chat that is with the engine and will be recorded, with `body_hash`. A context: while it is with
+    the engine."""
 
-    def __init__(self, session: Session, exchange: Exchange, one: Asked, process: int) -> None:
+    __slots__ = ("_flights", "_landed", "body_hash", "exchange", "leaving", "one", "session")
+
+    def __init__(
+        self,
+        session: Session,
+        exchange: Exchange,
+        one: Asked,
+        process: int,
+        flights: dict[int, list[Flight]],
+    ) -> None:
         self.session = session
         self.exchange = exchange
         self.one = one
         self.body_hash = one.pack(process)
-        self.landed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.leaving: Callable[[], None] | None = None
+        self._flights = flights
+        self._landed: asyncio.Future[None] | None = None  # only where a twin waits
+
+    def __enter__(self) -> Flight:
+        self._flights.setdefault(self.session.slot, []).append(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        slot = self.session.slot
+        flights = self._flights[slot]
+        flights.remove(self)
+        if not flights:
+            del self._flights[slot]
+        if self._landed is not None:
+            self._landed.set_result(None)
+
+    async def landed(self) -> None:
+        """Wait for its end."""
+        if self._landed is None:
+            self._landed = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._landed)
 
     def is_twin_of(self, one: Asked) -> bool:
         if one.key and one.key == self.one.key:
@@ -85,20 +114,10 @@ class Retries:
     async def twin(self, session: Session, exchange: Exchange) -> tuple[Asked, Twin | None]:
         """What the request is told apart by, and the recorded answer that it is after."""
         one = asked(exchange.body, exchange.headers.get(b"idempotency-key"))
-        while waiting := [f.landed for f in self._flights.get(session.slot, ()) if f.is_twin_of(one)]:
-            await asyncio.shield(waiting[0])
+        while waiting := [f for f in self._flights.get(session.slot, ()) if f.is_twin_of(one)]:
+            await waiting[0].landed()
         return one, session.twin(one)
 
-    @contextmanager
-    def flight(self, session: Session, exchange: Exchange, one: Asked) -> Iterator[Flight]:
-        """While this chat is with the engine."""
-        flight = Flight(session, exchange, one, self._process)
-        flights = self._flights.setdefault(session.slot, [])
-        flights.append(flight)
-        try:
-            yield flight
-        finally:
-            flights.remove(flight)
-            if not flights:
-                del self._flights[session.slot]
-            flight.landed.set_result(None)
+    def flight(self, session: Session, exchange: Exchange, one: Asked) -> Flight:
+        """Enter it while this chat is with the engine."""
+        return Flight(session, exchange, one, self._process, self._flights)

@@ -9,8 +9,9 @@ a slash stands for all below it. Source: the wire page.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -21,22 +22,30 @@ from areal_fast.protocol import messages
 from areal_fast.service import auth
 from areal_fast.service.answers import answer_error, refuse, refuse_data, respond_json, when_free
 from areal_fast.service.meters import EXPORTS_DELIVERED, EXPORTS_UNDELIVERED, SESSIONS_STARTED
+from areal_fast.shards import raw
+from areal_fast.shards.store import checked_name
 
 if TYPE_CHECKING:
     from areal_fast.http import Exchange
     from areal_fast.service.chat import Chats
     from areal_fast.service.control import Control
+    from areal_fast.service.gpu import GpuShards
     from areal_fast.service.health import Health
     from areal_fast.service.log import Log
-    from areal_fast.shards import Outgoing, ShardStore
+    from areal_fast.shards import Outgoing, RawOutgoing, ShardStore
+    from areal_fast.shards.store import Elsewhere
     from areal_fast.store import SessionStore
 
 Handler = Callable[["Exchange"], Awaitable[None] | None]
 
 OCTETS = b"application/octet-stream"
-LET_GO_S = 1.0
 SENT_AT_ONCE = 1 << 21
 SENT_A_TURN = 1 << 20
+JSON_TYPE = b"application/json"
+RAW = raw.MEDIA_TYPE.encode()
+MAX_RAW_HEADER_BYTES = 2 << 20
+"""Of a file that is put: its header (some 20,000 tensors) is read in one go, and the loop waits for it."""
+LET_GO_S = 1.0
 """How long an export that removes a session waits for another worker, which has answered its request, to let
 go of the session. One still held after that has a turn in flight, and stays."""
 NOT_A_LIST = "'shard_ids' must be a list"
@@ -60,6 +69,7 @@ class Routes:
         dialect: messages.Dialect = "1.0",
         data_auth: bool = False,
         concat: bool = False,
+        gpu: GpuShards | None = None,
         more: Mapping[str, dict[str, Handler]] | None = None,
     ) -> None:
         self._store = store
@@ -69,6 +79,7 @@ class Routes:
         self._dialect: messages.Dialect = dialect
         self._data_auth = data_auth
         self._concat = concat
+        self._gpu = gpu
         self._table: dict[str, dict[str, Handler]] = {
             "/health": {"GET": health.serve},
             "/configure": {"POST": _configure},
@@ -90,6 +101,10 @@ class Routes:
         self._below = {path: self._table.pop(path) for path in [*self._table] if path.endswith("/")}
         shard: dict[str, Handler] = {"GET": self.get_shard, "PUT": self.put_shard}
         self._shard = shard
+        if "/data/ways" in self._table:
+            self._table["/data/ways"] = {**shard, **self._table["/data/ways"]}
+        if gpu is not None:
+            self._table["/data/gpu"] = {**shard, "POST": gpu.offer}
         self._table["/data/batch"] = {**shard, "POST": self.batch}
         self._table["/data/clear"] = {**shard, "DELETE": self.clear}
 
@@ -228,7 +243,12 @@ class Routes:
 
     # -- shards ----------------------------------------------------------------------------------------
     def put_shard(self, exchange: Exchange) -> Awaitable[None] | None:
+        """JSON of one tensor; or a safetensors file of one, whatever its name there, and under /data/batch of
+        any number, each stored under its name. Nothing of a file with a fault in it is stored; of one that
+        the arena has no room for (507), what came before."""
         shard_id = exchange.path[6:]
+        if media_type(exchange.headers.get(b"content-type")) == RAW:
+            return self._put_raw(exchange, shard_id)
 
         def attempt() -> None:
             try:
@@ -240,9 +260,55 @@ class Routes:
 
         return self._at_once_or_later(attempt)
 
+    def _put_raw(self, exchange: Exchange, shard_id: str) -> Awaitable[None] | None:
+        many = shard_id == "batch"
+        try:
+            entries, data = raw.parse(exchange.body, MAX_RAW_HEADER_BYTES)
+            if not many and len(entries) != 1:
+                raise ShardRejected(f"The file holds {len(entries)} tensors; one is stored under one id")
+            for entry in entries:
+                checked_name(entry.name if many else shard_id)
+        except ShardRejected as error:
+            refuse_data(exchange, 400, str(error))
+            return None
+        named: dict[str, Any] = {"shard_ids": [e.name for e in entries]} if many else {"shard_id": shard_id}
+        left = entries[::-1]
+
+        def attempt() -> None:
+            while left:
+                name, what, start, stop = left[-1]
+                self._shards.put(name if many else shard_id, what, data[start:stop])
+                left.pop()
+            respond_json(exchange, {**named, "status": "ok"})
+
+        return self._at_once_or_later(attempt)
+
     def get_shard(self, exchange: Exchange) -> Awaitable[None] | None:
         shard_id = exchange.path[6:]
-        found = None if "\0" in shard_id else self._shards.get_json(shard_id)
+        if self._gpu is not None and self._gpu.has((shard_id,)):
+            return self._with_gpu(exchange, (shard_id,), lambda parts: self._get(exchange, shard_id, parts))
+        return self._get(exchange, shard_id, {})
+
+    async def _with_gpu(
+        self,
+        exchange: Exchange,
+        shard_ids: Sequence[str],
+        answer: Callable[[Elsewhere], Awaitable[None] | None],
+    ) -> None:
+        """`answer` with the parts that had to be fetched from a GPU. KeeperAway."""
+        assert self._gpu is not None
+        pending = answer(await self._gpu.fetch(shard_ids))
+        if pending is not None:
+            await pending
+
+    def _get(self, exchange: Exchange, shard_id: str, parts: Elsewhere) -> Awaitable[None] | None:
+        if wants_raw(exchange.headers.get(b"accept")) and "\0" not in shard_id:
+            try:
+                return _send(exchange, self._shards.raw([shard_id], parts), RAW)
+            except ShardsNotFound:
+                refuse_data(exchange, 404, f"Shard {shard_id} not found")
+                return None
+        found = None if "\0" in shard_id else self._shards.get_json(shard_id, parts)
         if found is None:
             refuse_data(exchange, 404, f"Shard {shard_id} not found")
             return None
@@ -253,8 +319,15 @@ class Routes:
         if shard_ids is None or not all(isinstance(shard_id, str) for shard_id in shard_ids):
             refuse_data(exchange, 400, NOT_A_STRING_LIST)
             return None
+        if self._gpu is not None and self._gpu.has(shard_ids):
+            return self._with_gpu(exchange, shard_ids, lambda parts: self._batch(exchange, shard_ids, parts))
+        return self._batch(exchange, shard_ids, {})
+
+    def _batch(self, exchange: Exchange, shard_ids: list[str], parts: Elsewhere) -> Awaitable[None] | None:
         try:
-            return _send(exchange, self._shards.batch_json(shard_ids))
+            if wants_raw(exchange.headers.get(b"accept")):
+                return _send(exchange, self._shards.raw(shard_ids, parts), RAW)
+            return _send(exchange, self._shards.batch_json(shard_ids, parts))
         except ShardsNotFound as error:
             refuse_data(exchange, 400, str(error), missing_shard_ids=error.shard_ids)
             return None
@@ -282,18 +355,43 @@ class Routes:
         return self._at_once_or_later(attempt)
 
 
-def _send(exchange: Exchange, found: Outgoing) -> Awaitable[None] | None:
+def media_type(value: bytes | None) -> bytes:
+    """Of a Content-Type, without its parameters."""
+    return (value or b"").split(b";", 1)[0].strip().lower()
+
+
+def wants_raw(accept: bytes | None) -> bool:
+    """Whether an Accept names the raw form, and no form of JSON that it likes better. A wildcard names
+    nothing: JSON is what every AReaL client can read. Source: RFC 9110, 12.5.1."""
+    if accept is None or RAW not in accept.lower():
+        return False
+    liked = {RAW: 0.0, OCTETS: 0.0, JSON_TYPE: 0.0}
+    for item in accept.split(b","):
+        name, *parameters = (part.strip().lower() for part in item.split(b";"))
+        if name in liked:
+            weights = [_weight(p[2:]) for p in parameters if p.startswith(b"q=")]
+            liked[name] = weights[0] if weights else 1.0
+    return liked[RAW] > 0 and liked[RAW] >= max(liked[OCTETS], liked[JSON_TYPE])
+
+
+def _weight(text: bytes) -> float:
+    return float(text) if re.fullmatch(rb"[01](\.[0-9]{0,3})?", text) else 0.0
+
+
+def _send(
+    exchange: Exchange, found: Outgoing | RawOutgoing, content_type: bytes = OCTETS
+) -> Awaitable[None] | None:
     """Answer with shards: at once if they are small, else as fast as the client takes them."""
     if found.size <= SENT_AT_ONCE:
-        exchange.respond(200, found.whole(), OCTETS)
+        exchange.respond(200, found.whole(), content_type)
         return None
-    return _stream(exchange, found)
+    return _stream(exchange, found, content_type)
 
 
-async def _stream(exchange: Exchange, found: Outgoing) -> None:
+async def _stream(exchange: Exchange, found: Outgoing | RawOutgoing, content_type: bytes) -> None:
     """The loop is left to others after every MiB, and whenever the client is slower."""
     try:
-        exchange.start(200, OCTETS, size=found.size)
+        exchange.start(200, content_type, size=found.size)
         turn = 0
         for piece in found.pieces():
             exchange.write(piece)
@@ -316,7 +414,7 @@ def _configure(exchange: Exchange) -> None:
 
 def _shard_ids(exchange: Exchange) -> list[Any] | None:
     """The list in a JSON body `{"shard_ids": […]}` of JSON content type, or None."""
-    kind = (exchange.headers.get(b"content-type") or b"").split(b";", 1)[0].strip().lower()
+    kind = media_type(exchange.headers.get(b"content-type"))
     if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
         return None
     try:

@@ -19,11 +19,13 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import secrets
 import select
 import signal
 import socket
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -31,9 +33,12 @@ import msgspec
 from areal_fast import config
 from areal_fast.config import Settings
 from areal_fast.core import PROC_CLEANER, PROC_SUPERVISOR, Arena, CoreError, IndexBusy
+from areal_fast.service.holder import Holder
+from areal_fast.service.keepers import Keepers
 from areal_fast.service.log import Log
 from areal_fast.service.processes import TICK_S, Process, Role, spawn, spawn_engine
 from areal_fast.service.words import TREE_SIGNALLED
+from areal_fast.shards.store import DEATHS
 
 BACKLOG: Final = 4096
 MAX_FILES: Final = 1 << 18
@@ -110,6 +115,7 @@ class Supervisor:
         self.revision = 0
         self.changes: list[Change] = []
         self.signals = deque([0], maxlen=SIGNAL_TICKS)
+        self.keepers = Keepers(self.roles, log, self._free_numbers)
         self._dirty = False
         self._by_fd: dict[int, tuple[str, Process]] = {}
         self._poll = select.poll()
@@ -134,6 +140,8 @@ class Supervisor:
             size = self.settings.arena_max_bytes
             raise StartError(f"cannot create an arena of {size} bytes: {error}") from None
         self._arena.proc_enter(os.getpid())
+        self._holder = Holder(self._arena, self.settings.arena_max_bytes)
+        self._local_listener = listen_locally()
         self._wake_r, wake_w = socket.socketpair()
         self._wake_r.setblocking(False)
         wake_w.setblocking(False)
@@ -151,9 +159,11 @@ class Supervisor:
             signal.set_wakeup_fd(before)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            for sock in (self._wake_r, wake_w, self._listener, self._engine_listener):
+            self._holder.close()
+            for sock in (self._wake_r, wake_w, self._listener, self._engine_listener, self._local_listener):
                 if sock is not None:
                     sock.close()
+            self.keepers.close()
             self._arena.close()
         if self.start_failure:
             raise StartError(self.start_failure)
@@ -167,6 +177,10 @@ class Supervisor:
             Role(f"worker-{i}", "areal_fast.service.worker", i, i) for i in range(self.settings.workers)
         ]
         self.roles.append(Role("cleaner", "areal_fast.service.cleaner", PROC_CLEANER))
+
+    def _free_numbers(self) -> Iterator[int]:
+        """Process numbers that neither workers nor stand-ins need."""
+        return iter(range(self.settings.workers, SPARE_PROCS.start))
 
     def _loop(self) -> None:
         next_tick = time.monotonic() + TICK_S
@@ -227,13 +241,15 @@ class Supervisor:
         return role.index == 0 or self._served()
 
     def _start_due(self, now: float) -> None:
-        for role in self.roles:
+        for role in list(self.roles):  # one that cannot be started may leave the list
             if role.start_at is not None and role.start_at <= now and self._may_start(role):
                 self._start(role)
 
     def _start(self, role: Role) -> None:
         try:
-            if role.beats:
+            if self.keepers.is_keeper(role):
+                process = self.keepers.spawn(role, self.settings, self.tick, self._arena.fileno())
+            elif role.beats:
                 worker = role.name != "cleaner"
                 process = spawn(
                     role,
@@ -241,6 +257,7 @@ class Supervisor:
                     self.tick,
                     arena_fd=self._arena.fileno(),
                     listen_fd=self._listener.fileno() if worker else -1,
+                    local_fd=self._local_listener.fileno() if worker else -1,
                 )
             else:
                 assert self._engine_listener is not None
@@ -255,6 +272,7 @@ class Supervisor:
         for kind, fd in (("pidfd", process.pidfd), ("control", process.control.fileno())):
             self._by_fd[fd] = (kind, process)
             self._poll.register(fd, select.POLLIN)
+        self.keepers.tell(process)
         self._dirty = True
         self.log.info("started", role=role.name, pid=process.pid, proc=process.proc)
 
@@ -268,6 +286,10 @@ class Supervisor:
                 self.stop.cleaner_tries += 1
             return
         delay = role.restarts.after_death(ready_for_s)
+        if self.keepers.is_keeper(role) and (delay is None or not role.restarts.ever_ready):
+            if self.keepers.gave_up(role, why):
+                return
+            delay = role.restarts.LONGEST_S
         if delay is None:
             self._give_up(
                 f"{role.name} cannot stay up ({role.restarts.bad_runs} times in a row), last: {why}"
@@ -306,13 +328,19 @@ class Supervisor:
                 self._order(process, self.stop)
         elif said == "fatal":
             process.last_words = str(message.get("why"))
-            if not self._served():
+            if not self.keepers.is_keeper(process.role) and not self._served():
                 self._give_up(process.last_words)
         elif said == "status":
             self.cleanup = message.get("status") or {}
             self._dirty = True
+        elif said in ("hold", "placed", "dropped"):
+            self._holder.heard(process, message)
         elif said == "change":
             self._change(process, int(message["token"]), message["values"])
+        elif said == "keeper" and self.keepers.is_keeper(process.role):
+            self.keepers.heard(process, message)
+        elif said == "keeper":
+            self.keepers.ask(process, int(message["token"]), str(message["gpu"]), self.settings)
         elif said == "applied":
             process.applied = int(message["revision"])
             self._settle_changes()
@@ -364,8 +392,10 @@ class Supervisor:
         self._forget_fd(process.pidfd)
         self._forget_fd(process.control.fileno())
         self.changes = [change for change in self.changes if change.asker is not process]
+        self.keepers.forget_asker(process)
         ready_for = process.ready_for_s(time.monotonic())
         why = process.reap()
+        self._holder.died(process)
         role = process.role
         self._dirty = True
         if process in self.parked:
@@ -387,6 +417,7 @@ class Supervisor:
         try:
             if death.role.beats:
                 swept = {name: count for name, count in self._arena.sweep(death.proc).items() if count}
+                self._arena.add_word(DEATHS, 1)
         except IndexBusy:
             self.unswept.append(death)
             return
@@ -415,6 +446,7 @@ class Supervisor:
             self._bury(death)
         if self.stop is None:
             self.signals.append(self._arena.word(TREE_SIGNALLED))
+        self._holder.reconcile()
         lock_owner = self._arena.lock_owner()
         for role in self.roles:
             process = role.process
@@ -567,6 +599,14 @@ def _allow_many_files() -> None:
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def listen_locally() -> socket.socket:
+    """The socket of clients on this host (service/local.py): no file, and a name that nobody can guess."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.bind(b"\0areal_fast-" + secrets.token_hex(16).encode())
+    sock.listen(BACKLOG)
+    return sock
 
 
 def listen(host: str, port: int) -> socket.socket:

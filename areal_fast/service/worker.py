@@ -27,22 +27,26 @@ from areal_fast.core import CoreError
 from areal_fast.engine.sampling import MAX_TOTAL_TOKENS
 from areal_fast.engine.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from areal_fast.engine.tools import ParserMissing, ToolParsing
-from areal_fast.http import Limits, Server
+from areal_fast.http import Exchange, Limits, Server
 from areal_fast.protocol.records import NO_COURIER
 from areal_fast.service import child, openapi
 from areal_fast.service.admin import Admin
 from areal_fast.service.agents import AgentApis
+from areal_fast.service.answers import respond_json
 from areal_fast.service.auth import Keys
 from areal_fast.service.chat import Chats
 from areal_fast.service.child import HEARTBEAT_S, Child
 from areal_fast.service.control import Control, Engines, Shared
 from areal_fast.service.external import Externals
+from areal_fast.service.gpu import GpuShards
 from areal_fast.service.health import Health
+from areal_fast.service.local import LocalServer
 from areal_fast.service.log import RANKS, Log
 from areal_fast.service.meters import Metered, Sums
 from areal_fast.service.metrics import Metrics
 from areal_fast.service.routes import Routes
 from areal_fast.service.words import SharedState
+from areal_fast.shards import raw
 from areal_fast.store import SessionStore
 from areal_fast.store.callbacks import courier_of
 
@@ -91,6 +95,7 @@ class Worker:
         self.engines = Engines(settings, self.state, self.sums.watch)
         self.externals = Externals(me.log, settings.request_timeout_s, me.arena.count)
         self.shared = Shared(me.send, self._apply)
+        self.gpu = GpuShards(me.send, self.store.shards)
         keys = Keys(settings.admin_api_key)
         self.health = Health(self.store, self.state, self.engines, time.time())
         v2 = settings.areal_dialect == "v2"
@@ -107,6 +112,14 @@ class Worker:
             tools=tools,
             object_arguments=v2,
             deterministic=settings.deterministic_sampling,
+        )
+        self.store.shards.holder_pid = me.boot.supervisor_pid
+        self.local = LocalServer(
+            me,
+            self.store.shards,
+            self.gpu,
+            socket.socket(fileno=me.boot.local_fd),
+            settings.admin_api_key if settings.data_auth else "",
         )
         metrics = Metrics(
             me.arena, self.state, lambda: self.health.board, time.time(), lambda: self.sums.carry(self.server)
@@ -131,10 +144,12 @@ class Worker:
             dialect=settings.areal_dialect,  # type: ignore[arg-type]
             data_auth=settings.data_auth,
             concat=settings.chat_template_type == "concat",
+            gpu=self.gpu,
             more={
                 **agents.table(),
                 "/metrics": {"GET": metrics.serve},
                 "/admin/sessions": {"GET": Admin(self.store, keys).sessions},
+                "/data/ways": {"GET": self._ways},
                 "/openapi.json": {"GET": openapi.serve},
             },
         )
@@ -148,6 +163,10 @@ class Worker:
         self._drained = asyncio.Event()
         self._drain_until = 0.0
         self._draining: asyncio.Task[None] | None = None
+
+    def _ways(self, exchange: Exchange) -> None:
+        """GET /data/ways: how shards can travel here. A client on this host finds out so by trying."""
+        respond_json(exchange, {"raw": raw.MEDIA_TYPE, "local": self.local.info()})
 
     def _apply(self, values: dict[str, Any]) -> None:
         if "backend_addr" in values:
@@ -172,6 +191,7 @@ class Worker:
         self._hear()
         loop.add_reader(self._me.control.fileno(), self._hear)
         self._beat()
+        self.local.start()
         await self.server.serve(self._listener)
         self._me.send({"is": "ready"})
         await self._drained.wait()
@@ -181,6 +201,7 @@ class Worker:
         self._me.arena.heartbeat()
         self.health.expire()
         self.sums.carry(self.server)
+        self.local.hold.flush()
         self._beats += 1
         scan = self.store.finish_timeout_ns > 0 and self._beats % BEATS_PER_SCAN == 0
         try:
@@ -195,15 +216,20 @@ class Worker:
             if what == "board":
                 self.health.board = message["board"]
                 self.health.expire()
+            elif what == "held":
+                self.local.hold.heard(message)
             elif what == "drain":
                 self._drain_until = time.monotonic() + message["seconds"]
                 if self._draining is None:
                     self._draining = asyncio.get_running_loop().create_task(self._drain())
+            elif what in ("keeper", "keepers"):
+                self.gpu.heard(message)
             else:
                 self.shared.heard(message)
 
     async def _drain(self) -> None:
         """Stop accepting, wait for what is in flight until `_drain_until` (which may move closer), end."""
+        self.local.stop()
         self.server.stop_accepting()
         self._listener.close()
         waiting = asyncio.get_running_loop().create_task(self._idle())

@@ -57,7 +57,7 @@ def store(arena: Arena, name: bytes, body: bytes, meta: Callable[[Kept], bytes])
     return kept
 
 
-def decode(body: bytes) -> tuple[Kept, bytearray]:
+def decode(body: Buffer) -> tuple[Kept, bytearray]:
     """The tensor or array in `body` in the heap, whichever way its base64 is spelled. ShardRejected."""
     described = wire.describe(body)
     if described.meta:

@@ -1,4 +1,4 @@
-"""A reply of shards as JSON, encoded while it is sent.
+"""A reply of shards, as JSON encoded while it is sent, or as raw bytes sent from where they lie.
 
 Theory. A batch of 32 MiB is 44 MB of JSON. Made as a whole it costs fresh pages, which are dearer than the
 encoding and the socket together, and another request waits for all of it. So a reply first finds everything
@@ -13,16 +13,19 @@ holds its shard's view, and so a pin. The pieces' sizes add up to `size`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from areal_fast.core import base64_encode
 from areal_fast.protocol import wire
 from areal_fast.protocol.wire import Form
+from areal_fast.shards import raw
+from areal_fast.shards.description import Description
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
+RAW_STEP_BYTES = 1 << 20
 STEP_BYTES = 196608
 """Shard bytes encoded at a time: whole groups of three, of bfloat16's elements, too."""
 
@@ -45,6 +48,19 @@ class Part(NamedTuple):
         wide = 2 * self.nbytes if self.form == "bf16" else self.nbytes
         return sum(map(len, self.frame())) + (wide + 2) // 3 * 4
 
+    @property
+    def what(self) -> Description:
+        return Description(self.dtype, self.shape, self.form)
+
+    def content(self) -> memoryview:
+        """Its bytes as kept."""
+        if self.form == "meta":
+            return memoryview(b"")
+        if isinstance(self.data, list):
+            return memoryview(b"".join(self.data))
+        data = memoryview(self.data() if callable(self.data) else self.data)
+        return data.cast("B") if data.nbytes else memoryview(b"")
+
     def frame(self) -> tuple[bytes, bytes]:
         return wire.frame(self.dtype, self.shape, self.form)
 
@@ -58,8 +74,7 @@ class Part(NamedTuple):
             yield from _joined(self.data, min(step, STEP_BYTES))
             yield after
             return
-        source: Any = self.data() if callable(self.data) else self.data
-        data = memoryview(source).cast("B")
+        data = self.content()
         at, bf16 = 0, self.form == "bf16"
         while len(data) - at > step:
             yield base64_encode(data[at : at + step], before, bf16=bf16)
@@ -109,6 +124,38 @@ class Outgoing:
         """All of it in one object, which of a single shard is made without a copy; closes."""
         try:
             return b"".join(self.pieces(sys.maxsize))
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the shards."""
+        self._parts.clear()
+
+
+class RawOutgoing:
+    """The same as one safetensors file (raw.py), each shard under its id, sent from where it lies: a piece is
+    a view of the shard's memory and keeps its pin until the kernel has it. ShardRejected if an id cannot be a
+    name there."""
+
+    def __init__(self, parts: Mapping[str, Part]) -> None:
+        layout = raw.lay_out([(name, part.what) for name, part in parts.items()])
+        found = list(parts.values())
+        self._header = layout.header
+        self._parts = [found[i] for i in layout.order]
+        self.size = layout.file_bytes
+
+    def pieces(self, step: int = RAW_STEP_BYTES) -> Iterator[bytes | memoryview]:
+        """The file, to be joined; no piece is longer than `step`, but for the header."""
+        yield self._header
+        for part in self._parts:
+            data = part.content()
+            for at in range(0, len(data), step):
+                yield data[at : at + step]
+
+    def whole(self) -> bytes:
+        """All of it in one object; closes."""
+        try:
+            return b"".join(self.pieces())
         finally:
             self.close()
 

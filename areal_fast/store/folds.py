@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from areal_fast.core import TXN_GONE, HeadMoved, IndexBusy, Trimmed
+from areal_fast.core._core import common_prefix
 from areal_fast.protocol import records as rec
 from areal_fast.protocol.sessions import Interaction, SessionState, Trajectory
 from areal_fast.protocol.wire import IntArray
@@ -49,7 +50,7 @@ class FoldCache:
         self._max = max_interactions
         self._folds: OrderedDict[int, Fold] = OrderedDict()
         self._weight = 0
-        self._ids: OrderedDict[str, IntArray] = OrderedDict()
+        self._ids: OrderedDict[str, bytes] = OrderedDict()
         self._ids_bytes = 0
 
     def refresh(self, slot: int) -> Fold:
@@ -75,6 +76,13 @@ class FoldCache:
             self._resolve(slot, fold)
         return fold
 
+    def appended(self, slot: int, fold: Fold, head: int, m: rec.InteractionMeta, nbytes: int) -> None:
+        """This process appended the INTERACTION on condition of the fold's head: now it is in the fold."""
+        fold.state.append(head, self.arena.record_of(head), m, nbytes)
+        if self._folds.get(slot) is fold:
+            self._weight += 1
+            fold.weight += 1
+
     def _resolve(self, slot: int, fold: Fold) -> None:
         state = fold.state
         try:
@@ -90,18 +98,22 @@ class FoldCache:
             self._weight -= fold.weight
 
     # -- tokens ----------------------------------------------------------------------------------------
-    def remember(self, interaction_id: str, ids: IntArray) -> None:
-        """Keep the full ids of an interaction, for the turns that follow it."""
-        old = self._ids.pop(interaction_id, None)
-        self._ids_bytes += ids.nbytes - (old.nbytes if old is not None else 0)
+    def remember(self, interaction_id: str, ids: bytes) -> None:
+        """Keep the full ids (int32) of an interaction, for the turns that follow it."""
+        old = self._ids.pop(interaction_id, b"")
+        self._ids_bytes += len(ids) - len(old)
         self._ids[interaction_id] = ids
         while self._ids_bytes > MAX_IDS_BYTES and len(self._ids) > 1:
-            self._ids_bytes -= self._ids.popitem(last=False)[1].nbytes
+            self._ids_bytes -= len(self._ids.popitem(last=False)[1])
 
     def full_ids(self, slot: int, fold: Fold, trajectory: Trajectory, ordinal: int) -> IntArray:
         """Prompt and output ids [T] int32 of an interaction of `trajectory`. Trimmed if the log was cut."""
+        return np.frombuffer(self.full_bytes(slot, fold, trajectory, ordinal), "<i4")
+
+    def full_bytes(self, slot: int, fold: Fold, trajectory: Trajectory, ordinal: int) -> bytes:
+        """As full_ids, as little-endian bytes."""
         chain: list[Interaction] = []
-        base: IntArray | None = None
+        base: bytes | None = None
         at = ordinal
         while True:
             interaction = trajectory.interactions[at]
@@ -109,7 +121,7 @@ class FoldCache:
             if base is not None:
                 break
             if interaction.meta is None:
-                return np.empty(0, np.int32)
+                return b""
             chain.append(interaction)
             if interaction.meta.ref == rec.NO_REF:
                 break
@@ -117,9 +129,8 @@ class FoldCache:
         for interaction in reversed(chain):
             m = interaction.meta
             assert m is not None
-            data = self.arena.record_data(slot, fold.state.head, interaction.offset, 0, 4 * m.new_ids)
-            new: IntArray = np.frombuffer(data, "<i4", m.new_ids)
-            base = new if base is None or m.ref == rec.NO_REF else np.concatenate((base[: m.shared], new))
+            new = self.arena.record_data(slot, fold.state.head, interaction.offset, 0, 4 * m.new_ids)
+            base = new if base is None or m.ref == rec.NO_REF else base[: 4 * m.shared] + new
         assert base is not None
         self.remember(trajectory.interactions[ordinal].interaction_id, base)
         return base
@@ -147,12 +158,9 @@ class FoldCache:
         return True
 
 
-def common_prefix(a: IntArray, b: IntArray) -> int:
-    """Length of the common prefix of two id arrays."""
-    n = min(len(a), len(b))
-    differs = a[:n] != b[:n]
-    first = int(differs.argmax()) if n else 0
-    return first if n and differs[first] else n
+def shared_ids(a: bytes, b: bytes) -> int:
+    """Length of the common prefix of two int32 id sequences, in ids."""
+    return common_prefix(a, b) // 4
 
 
-__all__ = ["Fold", "FoldCache", "common_prefix"]
+__all__ = ["Fold", "FoldCache", "shared_ids"]

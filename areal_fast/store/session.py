@@ -11,8 +11,10 @@ interaction only if that one is still there.
 
 from __future__ import annotations
 
-import secrets
+import os
+import sys
 import uuid
+from array import array
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,10 +25,10 @@ from areal_fast.core import ArenaFull, Gone, HeadMoved, Trimmed
 from areal_fast.protocol import records as rec
 from areal_fast.protocol import retries
 from areal_fast.protocol.sessions import SessionState
-from areal_fast.protocol.wire import FloatArray, IntArray
+from areal_fast.protocol.wire import IntArray
 from areal_fast.shards.routed import RoutedIntake
 from areal_fast.store.couriers import lives
-from areal_fast.store.folds import Fold, common_prefix
+from areal_fast.store.folds import Fold, shared_ids
 
 if TYPE_CHECKING:
     from areal_fast.store.store import SessionStore
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 BYTES_PER_TOKEN = 8
 RECORD_SLACK_BYTES = 512
 MIN_SHARED_IDS = 16
+_LITTLE = sys.byteorder == "little"
 
 
 class Parent(NamedTuple):
@@ -206,7 +209,7 @@ class Turn:
         self.ordinal = ordinal
         self.trajectory = trajectory
         self.parent: Parent | None = None
-        self.interaction_id = "chatcmpl-" + secrets.token_hex(15)[:29]
+        self.interaction_id = "chatcmpl-" + os.urandom(15).hex()[:29]
 
     @property
     def session_id(self) -> str:
@@ -284,19 +287,20 @@ class Turn:
     ) -> None:
         """Record the interaction: the commit point of a chat, to be passed before its reply leaves.
 
-        prompt_ids, output_ids: int32 [P], [O] (array or list); logprobs: float32 [O]; version_runs:
-        (weight version, count) covering the O output tokens. Gone: the session was removed meanwhile, and
-        nothing is recorded. ArenaFull cannot happen within what was reserved."""
+        prompt_ids, output_ids: int32 [P], [O] (array, list, or bytes of little-endian ones); logprobs:
+        float32 [O]; version_runs: (weight version, count) covering the O output tokens. Gone: the session was
+        removed meanwhile, and nothing is recorded. ArenaFull cannot happen within what was reserved."""
         if not self._open:
             raise ValueError("the turn has ended")
         if self.ordinal < 0:
             self._open = False
             return
-        prompt: IntArray = np.ascontiguousarray(prompt_ids, "<i4")
-        output: IntArray = np.ascontiguousarray(output_ids, "<i4")
-        lp: FloatArray = np.ascontiguousarray(logprobs, "<f4")
+        prompt = _packed(prompt_ids, "i", "<i4")
+        output = _packed(output_ids, "i", "<i4")
+        lp = _packed(logprobs, "f", "<f4")
+        outputs = len(output) // 4
         runs = rec.merge_runs(version_runs)
-        if len(lp) != len(output) or sum(n for _, n in runs) != len(output):
+        if len(lp) != len(output) or sum(n for _, n in runs) != outputs:
             raise ValueError("log-probs and version runs must cover exactly the output")
         session, store = self._session, self._session._store
         try:
@@ -304,16 +308,19 @@ class Turn:
                 fold = store.folds.refresh(session.slot)
                 ref, shared = self._reference(fold, prompt)
                 meta = rec.InteractionMeta(
-                    self.ordinal, self.trajectory, ref, shared, len(prompt), len(output),
+                    self.ordinal, self.trajectory, ref, shared, len(prompt) // 4, outputs,
                     self.interaction_id, stop_reason, runs, messages_hash, body_hash, extra,
                     rec.NO_REF if self.parent is None else self.parent.ordinal, routed,
                 )  # fmt: skip
-                data = (prompt[shared:].data, output.data, lp.data)
+                data = (memoryview(prompt)[4 * shared :], output, lp)
+                packed = rec.pack_interaction(meta)
                 try:
-                    self._append(rec.INTERACTION, rec.pack_interaction(meta), data, fold.state.head)
+                    head = self._append(rec.INTERACTION, packed, data, fold.state.head)
                 except HeadMoved:
                     continue
-                store.folds.remember(self.interaction_id, np.concatenate((prompt, output)))
+                nbytes = len(packed) + 4 * meta.new_ids + len(lp)
+                store.folds.appended(session.slot, fold, head, meta, nbytes)
+                store.folds.remember(self.interaction_id, prompt + output)
                 return
         finally:
             self._open = False
@@ -340,12 +347,14 @@ class Turn:
         finally:
             self._end()
 
-    def _append(self, kind: int, meta: bytes, data: Sequence[Any], expect: int) -> None:
+    def _append(self, kind: int, meta: bytes, data: Sequence[Any], expect: int) -> int:
+        """The log's head word, of which the record is the newest."""
         arena, slot = self._session._store.arena, self._session.slot
-        arena.append(slot, kind, meta, data, expect=expect, reservation=self._reservation)
+        head = arena.append(slot, kind, meta, data, expect=expect, reservation=self._reservation)
         self._reservation = 0
+        return head
 
-    def _reference(self, fold: Fold, prompt: IntArray) -> tuple[int, int]:
+    def _reference(self, fold: Fold, prompt: bytes) -> tuple[int, int]:
         """(ordinal, ids shared) of the best of the parent and the last two interactions, or (NO_REF, 0)."""
         trajectory = fold.state.trajectory_for_ref(self.trajectory)
         if trajectory is None or not trajectory.interactions:
@@ -360,15 +369,25 @@ class Turn:
                 interaction = trajectory.interactions.get(ordinal)
                 if interaction is None or interaction.meta is None:
                     continue
-                ids = store.folds.full_ids(slot, fold, trajectory, ordinal)
-                n = common_prefix(ids, prompt)
+                ids = store.folds.full_bytes(slot, fold, trajectory, ordinal)
+                n = shared_ids(ids, prompt)
                 if n > shared:
                     best, shared = ordinal, n
-                if n == len(prompt) or n == len(ids):
+                if 4 * n == len(prompt) or 4 * n == len(ids):
                     break
         except Trimmed:  # the log was cut: the append would fail with HeadMoved anyway
             return rec.NO_REF, 0
         return (best, shared) if shared >= MIN_SHARED_IDS else (rec.NO_REF, 0)
+
+
+def _packed(values: Any, typecode: str, dtype: str) -> bytes:
+    """Numbers of four bytes as little-endian bytes; what are such bytes stays as it is."""
+    if type(values) is bytes:
+        return values
+    if type(values) is array and values.typecode == typecode and _LITTLE:
+        return values.tobytes()
+    packed: bytes = np.ascontiguousarray(values, dtype).tobytes()
+    return packed
 
 
 def _last_two(interactions: dict[int, Any]) -> list[int]:

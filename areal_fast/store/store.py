@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import heapq
 import os
-import secrets
-import uuid
+from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
@@ -146,7 +145,7 @@ class SessionStore:
         return StartedGroup(_group_id(), started)
 
     def _start_one(self, task: bytes, api_key: str | None, txn: int) -> tuple[int, str, str]:
-        key = api_key or secrets.token_urlsafe(32)
+        key = api_key or b64encode(os.urandom(32), b"-_")[:43].decode()
         rebind_from = -1
         while True:
             try:
@@ -163,7 +162,7 @@ class SessionStore:
         if not self.arena.pin_slot(slot):
             raise IndexBusy
         try:
-            session_id = self.arena.slot_info(slot).id.decode()
+            session_id = self.arena.slot_id(slot).decode()
             state = self.fold(slot, session_id).state
             if state.leaving or (state.ready and all(state.is_held(index) for index in state.ready)):
                 raise ExportBusy
@@ -198,7 +197,7 @@ class SessionStore:
     def _session(self, slot: int, counts: bool = True) -> Session | None:
         if slot < 0:
             return None
-        session = Session(self, slot, self.arena.slot_info(slot).id.decode(), counts)
+        session = Session(self, slot, self.arena.slot_id(slot).decode(), counts)
         if counts and self.folds.refresh(slot).state.leaving:
             session.release()
             raise ExportBusy
@@ -206,7 +205,7 @@ class SessionStore:
 
     def sessions_count(self) -> int:
         """Live sessions."""
-        return self.arena.stats()["sessions_active"]
+        return self.arena.sessions_active()
 
     # -- folds, readiness ------------------------------------------------------------------------------
     def fold(self, slot: int, session_id: str, now_ns: int = 0) -> Fold:
@@ -271,7 +270,7 @@ class SessionStore:
         if not self.arena.pin_slot(slot):
             return
         try:
-            self.fold(slot, self.arena.slot_info(slot).id.decode(), now_ns)
+            self.fold(slot, self.arena.slot_id(slot).decode(), now_ns)
             self.settle_hint(slot)
         finally:
             self.arena.unpin(slot)
@@ -371,4 +370,6 @@ class SessionStore:
 
 
 def _group_id() -> str:
-    return f"grp-{uuid.uuid4()}"
+    """`grp-` and a random UUID (version 4)."""
+    x = os.urandom(16).hex()
+    return f"grp-{x[:8]}-{x[8:12]}-4{x[13:16]}-{'89ab'[int(x[16], 16) & 3]}{x[17:20]}-{x[20:]}"

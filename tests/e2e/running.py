@@ -197,10 +197,11 @@ class Proxy:
         *,
         key: str | None = None,
         over: http.client.HTTPConnection | None = None,
+        headers: dict[str, str] | None = None,
     ) -> Answer:
-        """One request, over a connection of its own unless one is given."""
+        """One request, over a connection of its own unless one is given. `headers` instead of JSON's."""
         connection = over or self.connection()
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json"} if headers is None else dict(headers)
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()

@@ -28,7 +28,9 @@ BELOW = {
     "engine": {"http", "protocol", "errors", "config"},
     "embedded": {"http", "engine", "protocol", "errors", "config"},
     "service": {"engine", "store", "shards", "http", "embedded", "core", "protocol", "errors", "config"},
-    "demo": {"embedded", "config", "errors"},
+    "client": {"shards", "http", "protocol", "errors"},
+    "integrations": {"client", "shards", "http", "protocol", "errors", "config"},
+    "demo": {"client", "embedded", "config", "errors"},
     "dumps": {"engine", "protocol", "errors", "config"},
     "top": {"errors", "config"},
     "cli": {"service", "demo", "dumps", "top", "embedded", "store", "http", "protocol", "config", "errors"},
@@ -43,9 +45,15 @@ LAZY_UP = {
     ("areal_fast/engine/tokenizer.py", "areal_fast.embedded.tokenizer"),
 }
 
-# torch: in the demo, which is a client. transformers: in the helper for folders with code of their own.
+# torch: in the client, where a tensor is made or only named, in the edge of a GPU client, and in the demo,
+# which uses the client. transformers: in the helper for folders with code of their own.
 HEAVY = {
-    "torch": {"areal_fast/demo/tensors.py", "areal_fast/demo/trainer.py"},
+    "torch": {
+        *(f"areal_fast/client/{name}.py" for name in ("tensors", "shards", "references")),
+        "areal_fast/demo/tensors.py",
+        "areal_fast/integrations/rtensor.py",
+        "areal_fast/shards/gpu_torch.py",
+    },
     "transformers": {"areal_fast/engine/tokenizer_helper.py"},
 }
 
@@ -153,13 +161,25 @@ def test_heavy_packages_stay_out(heavy: str) -> None:
     assert found <= HEAVY[heavy]
 
 
-@pytest.mark.parametrize("process", ["supervisor", "worker", "cleaner"])
-def test_no_process_loads_torch_or_transformers(process: str) -> None:
+@pytest.mark.parametrize(
+    "module", ["service.supervisor", "service.worker", "service.cleaner", "service.keeper", "client"]
+)
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    """A worker never has torch; a client has it when it makes a tensor, and openai when it makes a chat."""
     program = (
-        f"import sys, areal_fast.service.{process}\n"
-        "print(*sorted({m.partition('.')[0] for m in sys.modules} & {'torch', 'transformers'}))"
+        f"import sys, areal_fast.{module}\n"
+        "print(*sorted({m.partition('.')[0] for m in sys.modules} & {'torch', 'transformers', 'openai'}))"
     )
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=200, check=True
     )
     assert run.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("process", ["supervisor", "worker", "cleaner"])
+def test_only_the_keeper_has_the_cuda_edge(process: str) -> None:
+    program = f"import sys, areal_fast.service.{process}\nprint('areal_fast.core._cuda' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True
+    )
+    assert run.stdout.strip() == "False"

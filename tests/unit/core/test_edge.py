@@ -24,6 +24,7 @@ from areal_fast.core import (
     LayoutMismatch,
     codes,
 )
+from areal_fast.core._core import common_prefix
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -63,6 +64,7 @@ CALLS = {
     "release": (1,),
     "reserve": (0, 1),
     "sessions": (0, 1),
+    "sessions_active": (),
     "set_deadline": (0, 1),
     "set_dumped": (0,),
     "set_word": (0, 1),
@@ -74,6 +76,7 @@ CALLS = {
     "shard_put": (b"x", b"", []),
     "shard_reserve": (b"x", b"", 1),
     "shard_view": (0,),
+    "slot_id": (0,),
     "slot_info": (0,),
     "start": (b"t", b"k"),
     "stats": (),
@@ -88,7 +91,17 @@ CALLS = {
     "verify": (0,),
     "word": (0,),
 }
-HARMLESS = {"close", "closed", "create", "attach", "proc", "now_ns", "session_slots", "shard_slots"}
+HARMLESS = {
+    "close",
+    "closed",
+    "create",
+    "attach",
+    "proc",
+    "now_ns",
+    "record_of",
+    "session_slots",
+    "shard_slots",
+}
 
 
 def test_the_table_of_calls_is_complete():
@@ -436,3 +449,26 @@ def test_no_reference_and_no_buffer_is_lost(core):
         leaves_something(core, slot, shard)
     gc.collect()
     assert sys.getallocatedblocks() - before < 150, "less than half a block a round"
+
+
+def test_the_short_questions_agree_with_the_long_ones(core):
+    """slot_id, sessions_active and record_of are parts of slot_info, stats and read."""
+    slots = [core.start(b"t", b"k%d" % i)[0] for i in range(5)]
+    for slot in slots:
+        assert core.pin_slot(slot)
+        assert core.slot_id(slot) == core.slot_info(slot).id
+    core.close_session(slots[0])
+    assert core.sessions_active() == core.stats()["sessions_active"] == 4
+    for n in range(3):
+        head = core.append(slots[1], 2, b"meta", (bytes(100 * n),))
+        assert core.record_of(head) == core.read(slots[1])[2][-1][0]
+
+
+@pytest.mark.parametrize("same", [0, 1, 7, 255, 256, 257, 511, 512, 4000])
+def test_common_prefix(same):
+    a = bytes(range(256)) * 20
+    b = a[:same] + bytes([a[same] ^ 1]) + a[same + 1 :]
+    assert common_prefix(a, b) == common_prefix(b, a) == same
+    assert common_prefix(a, a[:same]) == same and common_prefix(a, a) == len(a)
+    with pytest.raises(TypeError):
+        common_prefix(a, None)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from areal_fast.demo.ledger import Check, Ledger, Session, Turn  # noqa: E402
-from areal_fast.demo.tensors import BadTensor, Row, rows, to_torch  # noqa: E402
+from areal_fast.demo.tensors import BadTensor, Row, rows  # noqa: E402
 from areal_fast.embedded import tokenizer  # noqa: E402
 
 ONCE, UNKNOWN, TOKENS, VERSIONS, REWARDS = range(5)
@@ -221,11 +221,3 @@ def test_rows_of_a_padded_batch() -> None:
 def test_a_batch_that_breaks_a_promise_is_refused(name: str, wrong: torch.Tensor) -> None:
     with pytest.raises(BadTensor):
         rows(batch() | {name: wrong})
-
-
-def test_tensors_from_the_wire() -> None:
-    tensor = to_torch({"type": "tensor", "data": "AACAPwAAAEA=", "shape": [1, 2], "dtype": "torch.float32"})
-    assert torch.equal(tensor, torch.tensor([[1.0, 2.0]]))
-    assert to_torch({"type": "tensor", "data": "", "shape": [0, 3], "dtype": "torch.bool"}).shape == (0, 3)
-    with pytest.raises(BadTensor):
-        to_torch({"type": "dataclass", "class_path": "os.system"})

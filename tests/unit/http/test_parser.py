@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from areal_fast.http import head
 from areal_fast.http.head import CHUNKED, UNTIL_EOF, ProtocolError, ReplyHead, RequestHead
 from areal_fast.http.parser import END, ReplyParser, RequestParser
 from tests.unit.http.serving import chunked, get, post
@@ -354,3 +355,24 @@ class TestReplies:
     def test_broken_off(self, data: bytes) -> None:
         with pytest.raises(ProtocolError):
             self.parse(data, eof=True)
+
+
+def test_heads_are_kept_in_bounds_and_mean_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_requests", {})
+    monkeypatch.setattr(head, "_replies", {})
+    for n in range(3 * head._KNOWN):
+        block = b"GET /%d HTTP/1.1\r\nhost: a\r\n\r\n" % n
+        first = head.parse_request_head(block)
+        assert head.parse_request_head(block) == first == head._parse_request_head(block)
+        reply = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % n
+        assert head.parse_reply_head(reply, "GET").body_size == n
+        assert head.parse_reply_head(reply, "HEAD").body_size == 0, "what a head means hangs on the method"
+        assert len(head._requests) <= head._KNOWN and len(head._replies) <= head._KNOWN
+    head.parse_request_head(b"GET / HTTP/1.1\r\nhost: a\r\nx: %b\r\n\r\n" % (b"y" * head._KNOWN_BYTES))
+    assert all(len(block) <= head._KNOWN_BYTES for block in head._requests)
+    broken = b"GET / HTTP/1.1\r\n\r\n"
+    for _ in range(2):
+        with pytest.raises(ProtocolError):
+            head.parse_request_head(broken)
+    with pytest.raises(AttributeError):
+        first.path = "/other"

@@ -11,7 +11,7 @@ from areal_fast.service import openapi
 from tests.unit.service.conftest import Service
 from tests.unit.service.fakes import FakeExchange
 
-OF_THE_WORKER = {"/metrics", "/admin/sessions", "/openapi.json"}
+OF_THE_WORKER = {"/metrics", "/admin/sessions", "/openapi.json", "/data/gpu"}
 
 
 def test_every_route_is_in_it_with_its_methods_and_no_other(service: Service) -> None:

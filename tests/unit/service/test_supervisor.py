@@ -51,6 +51,10 @@ class Books:
     def word(self, i: int) -> int:
         return self.words[i]
 
+    def add_word(self, i: int, v: int) -> int:
+        self.words[i] += v
+        return self.words[i]
+
     def lock_owner(self) -> int:
         return -1
 

@@ -65,3 +65,17 @@ def test_a_session_another_worker_goes_on_holding_stays(workers: tuple[SessionSt
         request = ExportRequest(["t-0"], dialect="pr1268", trajectory_id=0, remove_session=True)
         b.begin_export(request).delivered()
     assert lives(b, "t-0")
+
+
+def test_a_fold_of_own_records_is_the_fold_of_what_was_written(
+    workers: tuple[SessionStore, SessionStore],
+) -> None:
+    """A worker does not read back what it appended; whoever reads the log sees the same state."""
+    session = started(workers[0], "own")
+    for n in range(5):
+        take(session, list(range(40 + n)), [n, n + 1])
+    mine, read = (s.folds.refresh(session.slot).state for s in workers)
+    assert mine.head == read.head and mine.seq == read.seq and mine.live_bytes == read.live_bytes
+    for a, b in zip(mine.active.in_order(), read.active.in_order(), strict=True):
+        assert (a.meta, a.offset, a.nbytes, a.seq) == (b.meta, b.offset, b.nbytes, b.seq)
+    session.release()

@@ -1,0 +1,1 @@
+"""areal_fast inside other systems: what an installed AReaL is given, without editing it."""
