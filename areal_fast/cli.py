@@ -54,8 +54,9 @@ def serve(arguments: Sequence[str]) -> int:
         return complain(str(error), 2)
     except ValueError as error:
         return complain(f"argument --backend-addr: {error}", 2)
+    from areal_fast.service.listening import StartError
     from areal_fast.service.log import Log
-    from areal_fast.service.supervisor import StartError, Supervisor
+    from areal_fast.service.supervisor import Supervisor
 
     log = Log("supervisor", settings.log_level)
     if unknown:

@@ -16,10 +16,7 @@ Source: the design page, "Processes" and "Cleanup".
 
 from __future__ import annotations
 
-import errno
 import os
-import resource
-import secrets
 import select
 import signal
 import socket
@@ -35,13 +32,12 @@ from areal_fast.config import Settings
 from areal_fast.core import PROC_CLEANER, PROC_SUPERVISOR, Arena, CoreError, IndexBusy
 from areal_fast.service.holder import Holder
 from areal_fast.service.keepers import Keepers
+from areal_fast.service.listening import StartError, allow_many_files, listen, listen_locally
 from areal_fast.service.log import Log
 from areal_fast.service.processes import TICK_S, Process, Role, spawn, spawn_engine
 from areal_fast.service.words import TREE_SIGNALLED
 from areal_fast.shards.store import DEATHS
 
-BACKLOG: Final = 4096
-MAX_FILES: Final = 1 << 18
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SPARE_PROCS: Final = range(24, 29)
 HURRY_S: Final = 0.5
@@ -56,10 +52,6 @@ MARGIN_S: Final = 0.5
 SAFE_VOCABULARY: Final = 1000
 """Token ids the embedded engine answers with where the tokenizer is not its own: any real one has them."""
 CLEANER_STOP_TRIES: Final = 3
-
-
-class StartError(Exception):
-    """The proxy cannot start here. str() is the one line for the user; exit status 1."""
 
 
 class Death(NamedTuple):
@@ -123,7 +115,7 @@ class Supervisor:
     # -- running ---------------------------------------------------------------------------------------
     def run(self) -> int:
         """Bind, start, watch, stop. StartError if it cannot even begin."""
-        _allow_many_files()
+        allow_many_files()
         self._listener = listen(self.settings.host, self.settings.port)
         self._engine_listener = listen("127.0.0.1", 0) if self.settings.backend_embedded else None
         port = self._listener.getsockname()[1]
@@ -591,42 +583,3 @@ class Supervisor:
                 dumped_sessions=self.stop.dumped,
                 not_dumped_sessions=self.stop.left,
             )
-
-
-def _allow_many_files() -> None:
-    """Every connection is a descriptor: let this process and its children have as many as they may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def listen_locally() -> socket.socket:
-    """The socket of clients on this host (service/local.py): no file, and a name that nobody can guess."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.bind(b"\0areal_fast-" + secrets.token_hex(16).encode())
-    sock.listen(BACKLOG)
-    return sock
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Bind and listen; IPv4 first where a name has both, a wildcard :: takes both. StartError in one line."""
-    where = config.hostport(host, port)
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise StartError(f"cannot listen on {where}: {error.strerror or error}") from None
-    family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-    except OSError as error:
-        sock.close()
-        why = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
-        raise StartError(f"cannot listen on {where}: {why}") from None
-    sock.setblocking(False)
-    return sock

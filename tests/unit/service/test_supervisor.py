@@ -17,9 +17,10 @@ import pytest
 from areal_fast.config import Settings
 from areal_fast.core import PROC_CLEANER, IndexBusy
 from areal_fast.service import processes, supervisor
+from areal_fast.service.listening import StartError
 from areal_fast.service.log import Log
 from areal_fast.service.processes import Process, Restarts, Role
-from areal_fast.service.supervisor import SPARE_PROCS, StartError, Supervisor
+from areal_fast.service.supervisor import SPARE_PROCS, Supervisor
 from tests.e2e.running import alive, wait_until
 
 CHILD = "tests.unit.service.scripted_child"
