@@ -42,6 +42,11 @@ cdef int check(int code) except -1:
     return 0
 
 
+def is_loaded(str path):
+    cdef bytes name = os.fsencode(path)
+    return bool(af_cuda_loaded(name))
+
+
 @cython.final
 cdef class Driver:
     cdef af_cuda_driver *d
@@ -91,6 +96,11 @@ cdef class Driver:
         check(af_cuda_name(self.ready(), ordinal, name, sizeof(name)))
         return (<bytes>name).decode("utf-8", "replace")
 
+    def is_active(self, int ordinal):
+        cdef int yes = 0
+        check(af_cuda_active(self.ready(), ordinal, &yes))
+        return bool(yes)
+
     def open(self, int ordinal):
         cdef Device device = Device.__new__(Device)
         cdef af_cuda_driver *d = self.ready()
@@ -139,6 +149,16 @@ cdef class Device:
 
     def free(self, uint64_t address):
         af_cuda_free(self.ready(), address)
+
+    def read(self, uint64_t address, target, uint64_t stream=0):
+        cdef af_cuda_device *dev = self.ready()
+        cdef Py_buffer view
+        cdef int code
+        PyObject_GetBuffer(target, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        with nogil:
+            code = af_cuda_read(dev, address, view.buf, <uint64_t>view.len, stream)
+        PyBuffer_Release(&view)
+        check(code)
 
     def create_pool(self, uint64_t nbytes, int kind):
         cdef af_cuda_device *dev = self.ready()
