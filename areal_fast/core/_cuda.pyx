@@ -17,6 +17,7 @@ from areal_fast.core.codes import BadArgument
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint8_t, uint64_t
+from posix.unistd cimport getpid
 
 from areal_fast.core._cuda cimport *
 
@@ -60,7 +61,7 @@ cdef class Driver:
         if self.d != NULL:
             raise BadArgument("loaded already")
         self.path = path
-        self.pid = os.getpid()
+        self.pid = getpid()
         with nogil:
             code = af_cuda_load(text, &self.d)
         check(code)
@@ -70,7 +71,7 @@ cdef class Driver:
             af_cuda_unload(self.d)
 
     cdef af_cuda_driver *ready(self) except NULL:
-        if self.d == NULL or self.pid != os.getpid():
+        if self.d == NULL or self.pid != getpid():
             raise BadArgument("the driver was loaded by the process that this one was forked from")
         return self.d
 
@@ -123,7 +124,7 @@ cdef class Device:
         raise TypeError("Driver.open makes one")
 
     def __dealloc__(self):
-        if self.dev != NULL and self.driver.pid == os.getpid():
+        if self.dev != NULL and self.driver.pid == getpid():
             af_cuda_close(self.dev)
 
     cdef af_cuda_device *ready(self) except NULL:
@@ -206,7 +207,7 @@ cdef class Pool:
         self.finish()
 
     cdef void finish(self) noexcept:
-        if self.pool != NULL and self.device.driver.pid == os.getpid():
+        if self.pool != NULL and self.device.driver.pid == getpid():
             af_cuda_pool_close(self.pool)
         self.pool = NULL
 
