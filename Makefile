@@ -20,7 +20,7 @@ SEED ?= $(shell date +%Y%m%d)
 ARGS ?=
 export SOAK_SECONDS ?= 1800
 RUFF_PATHS := areal_fast tests benchmarks setup.py
-NATIVE := $(wildcard csrc/*.c csrc/*.h) $(wildcard areal_fast/core/*.px[dyi]) setup.py
+NATIVE := $(wildcard csrc/*.c csrc/*.h) $(wildcard areal_fast/core/*.pyx areal_fast/core/*.px[di]) setup.py
 # Other versions format differently.
 CLANG_FORMAT := 14
 
