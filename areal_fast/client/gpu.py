@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 from areal_fast.client.shards import Shard
 from areal_fast.shards.description import own_form
 from areal_fast.shards.devices import DeviceArray, Memory, active_gpus
-from areal_fast.shards.gpu import TRIES, GpuClient, GpuShardStale, Lease
+from areal_fast.shards.gpu import TRIES, GpuClient, GpuShardError, GpuShardStale, Lease
 from areal_fast.shards.gpu_torch import device_array, new_array, tensor_of
 
 if TYPE_CHECKING:
@@ -95,7 +95,12 @@ class GpuShard(Shard):
         return tensor_of(self.device)
 
     def release(self) -> bool:
-        return True if self._lease is None else self._lease.release()
+        if self._lease is None:
+            return True
+        try:
+            return self._lease.release()
+        except GpuShardError:
+            return False  # nobody is left who could say so
 
 
 def take(keeper: GpuClient, shard_id: str, node: str, gpus: Gpus, *, hold: bool) -> GpuShard:

@@ -98,7 +98,7 @@ static int refused(const char *name, int needs_context, R *why) {
         *why = UNKNOWN;
         return 1;
     }
-    if (needs_context && !initialised) {
+    if (needs_context && initialised != getpid()) {
         *why = NOT_INITIALIZED;
         return 1;
     }
@@ -214,7 +214,8 @@ R cuInit(unsigned flags) {
     ENTER(GLOBAL);
     if (flags) return INVALID_VALUE;
     if (physical(0) < 0) return 100; /* CUDA_ERROR_NO_DEVICE */
-    initialised = 1;
+    if (initialised && initialised != getpid()) return NOT_INITIALIZED; /* made by fork: there the driver is dead */
+    initialised = getpid();
     return OK;
 }
 
