@@ -135,7 +135,8 @@ class Fetcher:
         self, url: str, wanted: list[Reference], gpus: Gpus | None, hold: bool
     ) -> Steps[dict[Reference, Shard]]:
         found: dict[Reference, Shard] = {}
-        why: dict[Reference, list[str]] = {one: [] for one in wanted}
+        failed = [gpus.why] if gpus is not None and gpus.why else []
+        why: dict[Reference, list[str]] = {one: [*failed] for one in wanted}
         if gpus is not None and gpus.ordinals:
             found |= yield from self._by_gpu(url, why, gpus, hold)
         left = [one for one in wanted if one not in found]

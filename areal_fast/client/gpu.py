@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import sys
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from areal_fast.client.shards import Shard
 from areal_fast.shards.description import own_form
-from areal_fast.shards.devices import DeviceArray, Memory, active_gpus
+from areal_fast.shards.devices import CudaError, DeviceArray, Memory, active_gpus
 from areal_fast.shards.gpu import TRIES, GpuClient, GpuShardError, GpuShardStale, Lease
 from areal_fast.shards.gpu_torch import device_array, new_array, tensor_of
 
@@ -31,14 +31,18 @@ if TYPE_CHECKING:
     import torch
     from _typeshed import ReadableBuffer as Buffer
 
-NO_GPU: Final = "gpu: this process uses no GPU"
-
 
 class Gpus:
-    """The GPUs of this process when a call begins, in its caller's thread. ordinals: by UUID."""
+    """The GPUs of this process when a call begins, in its caller's thread. ordinals: by UUID. why: if the
+    driver does not say which they are."""
 
     def __init__(self) -> None:
-        self.ordinals = active_gpus()
+        self.ordinals: dict[str, int] = {}
+        self.why = ""
+        try:
+            self.ordinals = active_gpus()
+        except CudaError as error:
+            self.why = f"gpu: {error}"
         self._streams: dict[int, Any] = {}
         torch = _torch_on_cuda() if self.ordinals else None
         if torch is not None:

@@ -10,7 +10,6 @@ CUDA_VISIBLE_DEVICES has them. A child made by fork has no GPUs: the driver does
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from math import prod
@@ -28,7 +27,7 @@ __all__ = ["CudaError", "DeviceArray", "Memory", "active_gpus", "device", "inter
 CONTIGUOUS: Final = None
 """The strides of __cuda_array_interface__ for memory in C order."""
 
-_drivers: dict[tuple[int, str], Driver | None] = {}
+_drivers: dict[tuple[int, str], Driver] = {}
 _devices: dict[tuple[int, str, int], Device] = {}
 _lock = threading.Lock()
 
@@ -39,30 +38,23 @@ def library() -> str:
 
 
 def _driver() -> Driver | None:
-    """This process's driver; None if nobody here has loaded it, or it came by a fork."""
+    """This process's driver; None if nobody here has loaded it. CudaError if it came by a fork."""
     path = library()
     if not is_loaded(path):
         return None
     known = (os.getpid(), path)
     with _lock:
         if known not in _drivers:
-            try:
-                _drivers[known] = Driver(path)
-            except CudaError:
-                _drivers[known] = None
+            _drivers[known] = Driver(path)
         return _drivers[known]
 
 
 def active_gpus() -> dict[str, int]:
-    """The GPUs that this process has a context on: UUID → ordinal."""
+    """The GPUs that this process has a context on: UUID → ordinal. CudaError if the driver cannot say."""
     driver = _driver()
-    found: dict[str, int] = {}
-    if driver is not None:
-        with contextlib.suppress(CudaError):
-            for ordinal in range(driver.count):
-                if driver.is_active(ordinal):
-                    found[uuid_text(driver.uuid(ordinal))] = ordinal
-    return found
+    if driver is None:
+        return {}
+    return {uuid_text(driver.uuid(n)): n for n in range(driver.count) if driver.is_active(n)}
 
 
 def uuid_of(ordinal: int) -> str:
