@@ -142,16 +142,20 @@ static int resolve(void *library, const char *path, const char *name, void *targ
     return 0;
 }
 
-/* Stops at the library that `data` names: by its path, or by its name alone where no path was given. */
+/* Stops at the library that `data` names: by its path, or by its name alone where no path was given; then also under
+ * the name without a version ("libcuda.so" for "libcuda.so.1"), by which others may have opened it. */
 static int is_called(struct dl_phdr_info *info, size_t size, void *data) {
     (void)size;
     const char *wanted = data, *name = info->dlpi_name, *slash = strrchr(name, '/');
-    if (!strchr(wanted, '/') && slash) name = slash + 1;
-    return !strcmp(name, wanted);
+    if (strchr(wanted, '/')) return !strcmp(name, wanted);
+    if (slash) name = slash + 1;
+    size_t length = strlen(name);
+    int bare = length > 3 && !strcmp(name + length - 3, ".so");
+    return !strcmp(name, wanted) || (bare && !strncmp(name, wanted, length) && wanted[length] == '.');
 }
 
 /* Not dlopen with RTLD_NOLOAD, which searches the disk for what is not loaded: 90 microseconds. */
-int af_cuda_loaded(const char *path) { return dl_iterate_phdr(is_called, (void *)(uintptr_t)path); }
+int af_cuda_loaded(const char *path) { return *path && dl_iterate_phdr(is_called, (void *)(uintptr_t)path); }
 
 int af_cuda_load(const char *path, af_cuda_driver **out) {
     *out = NULL;
