@@ -9,6 +9,7 @@ it is then used on.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from areal_fast.core._cuda import CudaError
@@ -49,7 +50,7 @@ def new_array(dtype: str, shape: tuple[int, ...], ordinal: int, stream: Any = No
     device = torch.device("cuda", ordinal)
     try:
         with on:
-            made = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            made = torch.empty(prod(shape) * TORCH_ITEMSIZE[dtype], dtype=torch.uint8, device=device)
             queue = torch.cuda.current_stream(device).cuda_stream
     except torch.OutOfMemoryError as error:
         raise CudaError(str(error), OUT_OF_MEMORY) from None
@@ -57,16 +58,23 @@ def new_array(dtype: str, shape: tuple[int, ...], ordinal: int, stream: Any = No
 
 
 def tensor_of(array: DeviceArray) -> torch.Tensor:
-    """The same bytes as a CUDA tensor, which keeps them; no copy."""
+    """The same bytes as a CUDA tensor, which keeps them; no copy. TypeError for a dtype that the installed
+    torch does not have."""
     import torch
 
+    kind = getattr(torch, array.dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise TypeError(f"torch {torch.__version__} has no dtype {array.dtype}")
+    device = torch.device("cuda", array.ordinal)
     if isinstance(array.owner, torch.Tensor):
-        return array.owner
-    device, dtype = torch.device("cuda", array.ordinal), getattr(torch, array.dtype)
-    if not array.nbytes:
-        return torch.empty(array.shape, dtype=dtype, device=device)
-    flat = torch.as_tensor(_Bytes(array), device=device)
-    return flat.view(dtype).view(array.shape)
+        flat = array.owner
+        if (flat.dtype, tuple(flat.shape)) == (kind, array.shape):
+            return flat
+    elif array.nbytes:
+        flat = torch.as_tensor(_Bytes(array), device=device)
+    else:
+        flat = torch.empty(0, dtype=torch.uint8, device=device)
+    return flat.view(kind).view(array.shape)
 
 
 def put_tensor(client: GpuClient, shard_id: str, tensor: torch.Tensor) -> None:
