@@ -20,7 +20,7 @@ SEED ?= $(shell date +%Y%m%d)
 ARGS ?=
 export SOAK_SECONDS ?= 1800
 RUFF_PATHS := areal_fast tests benchmarks setup.py
-NATIVE := $(wildcard csrc/*.c csrc/*.h) $(wildcard areal_fast/core/*.px[dyi]) setup.py
+NATIVE := $(wildcard csrc/*.c csrc/*.h) $(wildcard areal_fast/core/*.pyx areal_fast/core/*.px[di]) setup.py
 # Other versions format differently.
 CLANG_FORMAT := 14
 
@@ -63,7 +63,7 @@ test: build c-test ## the everyday suite: the C tests, then all of pytest but wh
 
 # ---- parts of it, and the long ones ---------------------------------------------------------------------------------
 
-.PHONY: lint format c-test fuzz crash asan ubsan tsan model e2e areal bench bench-micro soak soak-churn clean
+.PHONY: lint format c-test fuzz crash asan ubsan tsan model e2e areal bench gpu bench-micro soak soak-churn clean
 lint: build ## ruff, mypy --strict, stubtest, cython-lint; clang-format where installed
 	$(PY) -m ruff check $(wildcard $(RUFF_PATHS))
 	$(PY) -m ruff format --check $(wildcard $(RUFF_PATHS))
@@ -107,6 +107,10 @@ areal: build ## the released AReaL's gateway, router and client before this prox
 bench: build ## benchmarks/ and their plots, half an hour beside the original; ARGS=--quick: small numbers
 	@$(PY) tests/wire/areal_env.py
 	$(PY) -m benchmarks $(ARGS)
+
+gpu: build ## on a machine with a GPU: its tests, then put, get and hold against a plain copy, kept in benchmarks/results
+	$(PY) -m pytest -q tests/gpu tests/contract/test_real_gpu.py $(ARGS)
+	$(PY) -m benchmarks gpu
 
 bench-micro: build ## single steps of a request, by pytest-benchmark
 	$(PY) -m pytest -q benchmarks/micro --benchmark-columns=median,iqr,rounds $(ARGS)

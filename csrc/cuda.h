@@ -37,6 +37,8 @@ enum { AF_CUDA_UUID_BYTES = 16, AF_CUDA_HANDLE_BYTES = 64, AF_CUDA_WHY_BYTES = 2
 /* "cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY (out of memory)": why this thread's last failing call failed. */
 const char *af_cuda_failed(void);
 
+/* Whether this process has the library already: loads and initialises nothing. */
+int af_cuda_loaded(const char *path);
 /* dlopen `path` and initialise. The library stays loaded for the life of the process (it does not bear unloading);
  * af_cuda_unload frees only what we allocated, after all devices are closed. */
 int af_cuda_load(const char *path, af_cuda_driver **out);
@@ -45,6 +47,8 @@ int af_cuda_version(af_cuda_driver *d, int *version); /* 12040 is 12.4 */
 int af_cuda_count(af_cuda_driver *d, int *count);
 int af_cuda_uuid(af_cuda_driver *d, int ordinal, uint8_t uuid[AF_CUDA_UUID_BYTES]);
 int af_cuda_name(af_cuda_driver *d, int ordinal, char *name, size_t size);
+/* 1 if this process has a primary context on that device, whoever made it. Makes none. */
+int af_cuda_active(af_cuda_driver *d, int ordinal, int *yes);
 
 /* Retain the primary context of the device `ordinal`, as this process counts them. */
 int af_cuda_open(af_cuda_driver *d, int ordinal, af_cuda_device **out);
@@ -76,8 +80,11 @@ int af_cuda_copy_out(af_cuda_pool *pool, uint64_t offset, uint64_t device_target
 int af_cuda_from_host(af_cuda_pool *pool, uint64_t offset, const void *source, uint64_t bytes);
 int af_cuda_to_host(af_cuda_pool *pool, uint64_t offset, void *target, uint64_t bytes);
 
-/* Plain device memory, for tests and measurements. */
+/* Plain device memory: what a client without torch copies shards into, tests, measurements. */
 int af_cuda_alloc(af_cuda_device *dev, uint64_t bytes, uint64_t *address);
 void af_cuda_free(af_cuda_device *dev, uint64_t address);
+/* Device memory at `address`, of whoever in this process, to the host, after what is queued on `stream`. Done when it
+ * returns. */
+int af_cuda_read(af_cuda_device *dev, uint64_t address, void *target, uint64_t bytes, uint64_t stream);
 
 #endif

@@ -35,10 +35,12 @@ from areal_fast.client.errors import (
     Unreachable,
 )
 from areal_fast.client.references import Interaction, Reference, Trajectory
-from areal_fast.client.shards import WAYS, Shard, Way
+from areal_fast.client.shards import HOST_WAYS, WAYS, Shard, Way
 from areal_fast.client.steps import Request
+from areal_fast.shards.devices import DeviceArray
 
 __all__ = [
+    "HOST_WAYS",
     "WAYS",
     "ArenaFull",
     "AsyncClient",
@@ -48,6 +50,7 @@ __all__ = [
     "Client",
     "ClientError",
     "Conflict",
+    "DeviceArray",
     "EngineFailed",
     "Form",
     "Interaction",

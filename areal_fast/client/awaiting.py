@@ -150,13 +150,13 @@ class AsyncClient:
         return await self._run(self._calls.export_tensors(export, delete=delete) if fetch else export)
 
     # -- shards --------------------------------------------------------------------------------------------
-    async def get(self, shard: str | Reference) -> Shard:
+    async def get(self, shard: str | Reference, *, hold: bool = False) -> Shard:
         """As Client.get."""
-        return (await self.get_many([shard]))[0]
+        return (await self.get_many([shard], hold=hold))[0]
 
-    async def get_many(self, shards: Sequence[str | Reference]) -> list[Shard]:
+    async def get_many(self, shards: Sequence[str | Reference], *, hold: bool = False) -> list[Shard]:
         """As Client.get_many."""
-        return await self._run(self._calls.get_many(shards))
+        return await self._run(self._calls.get_many(shards, hold=hold))
 
     async def put(self, value: Any, shard_id: str | None = None) -> Reference:
         """As Client.put."""

@@ -82,7 +82,7 @@ class Client:
     """A data proxy. base_url: plain http; None: no proxy of one's own, only shards by references that name
     their node. admin_api_key: needed to start sessions, to export, and for shards where the proxy runs with
     --data-auth. timeout_s: of each request as a whole. retries: repeats of what is safe to repeat. ways: how
-    shards may travel, of "map", "raw", "json"; the cheapest that both ends can do is taken. observe:
+    shards may travel, of "gpu", "map", "raw", "json"; the cheapest that both ends can do is taken. observe:
     is told of every request, repeats included; must not raise.
 
     Every call raises Unreachable, TimedOut, BadReply or the ProxyError that the refusal is.
@@ -160,17 +160,21 @@ class Client:
         return self._run(self._calls.export_tensors(export, delete=delete) if fetch else export)
 
     # -- shards --------------------------------------------------------------------------------------------
-    def get(self, shard: str | Reference) -> Shard:
-        """Fetch a shard by id or reference. ShardsNotFound."""
-        return self.get_many([shard])[0]
+    def get(self, shard: str | Reference, *, hold: bool = False) -> Shard:
+        """Fetch a shard by id or reference. ShardsNotFound. hold: as get_many."""
+        return self.get_many([shard], hold=hold)[0]
 
-    def get_many(self, shards: Sequence[str | Reference]) -> list[Shard]:
-        """Fetch shards, in order, from all their nodes at once. ShardsNotFound if any is missing."""
-        return self._run(self._calls.get_many(shards))
+    def get_many(self, shards: Sequence[str | Reference], *, hold: bool = False) -> list[Shard]:
+        """Fetch shards, in order, from all their nodes at once. ShardsNotFound if any is missing.
+
+        hold: leave a shard on a GPU where it is, and lend it until `Shard.release`, which says whether the
+        bytes were the shard's all the time; not to be written. Nothing else changes by it."""
+        return self._run(self._calls.get_many(shards, hold=hold))
 
     def put(self, value: Any, shard_id: str | None = None) -> Reference:
-        """Store a torch tensor or a numpy array; its id is made up if none is given. Replaces another of the
-        same id. ArenaFull; TypeError for what is neither."""
+        """Store a torch tensor, a numpy array or a DeviceArray; its id is made up if none is given. Replaces
+        another of the same id. The reference says which `way` it went, and `why` not a cheaper one.
+        ArenaFull; TypeError for what is none of them."""
         return self._run(self._calls.put(value, shard_id))
 
     def delete(self, shards: Sequence[str | Reference]) -> int:

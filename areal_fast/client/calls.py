@@ -153,8 +153,8 @@ class Calls:
         return found
 
     # -- shards --------------------------------------------------------------------------------------------
-    def get_many(self, references: Sequence[str | Reference]) -> Steps[list[Shard]]:
-        return (yield from self.fetcher.get_many([as_reference(one) for one in references]))
+    def get_many(self, references: Sequence[str | Reference], *, hold: bool = False) -> Steps[list[Shard]]:
+        return (yield from self.fetcher.get_many([as_reference(one) for one in references], hold=hold))
 
     def put(self, value: Any, shard_id: str | None) -> Steps[Reference]:
         return (yield from self.fetcher.put(self.url, shard_id or str(uuid.uuid4()), value))

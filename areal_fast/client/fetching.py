@@ -1,11 +1,13 @@
 """Getting shards from the nodes that keep them, and putting them there, by the cheapest way both ends can do.
 
+    gpu    same host, on a GPU that this process uses: device to device, out of and into the keeper's pool
     map    same host: memory files by descriptor, mapped; nothing is copied
     raw    anywhere: the bytes as they are, in the safetensors layout
     json   anywhere, AReaL's own nodes too: base64
 
 A node is asked once what it offers (GET /data/ways); one that does not know the question is AReaL's own. The
-ways are tried in this order; one that does not serve now leaves its shards to the next. Raw bytes are asked
+ways are tried in this order; one that does not serve now leaves its shards to the next, and says why. What is
+in host memory never goes the gpu way, and what comes the gpu way stays on the GPU. Raw bytes are asked
 for by content negotiation, so that a node that does not have them answers in JSON.
 
 Requests are bounded: a batch has at most BATCH_BYTES, where references tell sizes, and BATCH_UNKNOWN shards
@@ -26,14 +28,27 @@ import msgspec
 import numpy as np
 
 from areal_fast import errors
-from areal_fast.client.errors import BadReply, NotFound, ProxyError, ShardsNotFound
+from areal_fast.client.errors import (
+    ArenaFull,
+    BadReply,
+    NotFound,
+    ProxyError,
+    ShardsNotFound,
+    TimedOut,
+    error_of,
+)
+from areal_fast.client.gpu import Gpus, on_device, take
 from areal_fast.client.nodes import Node, NotHere, Offer
 from areal_fast.client.references import Reference
 from areal_fast.client.shards import WAYS, Shard, Way, decode_json, decode_json_list, decode_raw
-from areal_fast.client.steps import JSON, Ask, Steps, ask, bearer, together, work
+from areal_fast.client.steps import JSON, Ask, Steps, ask, bearer, decoded, together, work
 from areal_fast.client.tensors import bytes_of
+from areal_fast.protocol.gpu import Malformed
 from areal_fast.shards import raw
 from areal_fast.shards.description import Description, own_form
+from areal_fast.shards.devices import CudaError, DeviceArray, uuid_of
+from areal_fast.shards.gpu import GpuPoolFull, GpuShardError, KeeperGone
+from areal_fast.shards.local import Mapped, OnGpu
 from areal_fast.shards.outgoing import Part
 
 if TYPE_CHECKING:
@@ -45,9 +60,17 @@ BATCH_BYTES: Final = 64 << 20
 BATCH_UNKNOWN: Final = 32
 """As many as AReaL's own client asks for at once."""
 BATCH_MOST: Final = 512
+NO_KEEPER: Final = (400, 404, 405, 503)
+"""Answers to POST /data/gpu of a node that has none for this GPU, or does not know the question."""
 LARGE_BYTES: Final = 1 << 20
 """From here on a reply is decoded off the event loop."""
 _encode = msgspec.json.Encoder().encode
+
+
+class _Keeper(msgspec.Struct):
+    """The answer of POST /data/gpu."""
+
+    socket: str
 
 
 class Fetcher:
@@ -94,60 +117,99 @@ class Fetcher:
         return found
 
     # -- get -----------------------------------------------------------------------------------------------
-    def get_many(self, references: Sequence[Reference]) -> Steps[list[Shard]]:
+    def get_many(self, references: Sequence[Reference], *, hold: bool = False) -> Steps[list[Shard]]:
         """The shards in order. ShardsNotFound names all that one request missed."""
+        gpus = Gpus() if "gpu" in self._ways else None
         by_node: dict[str, list[Reference]] = {}
         for one in dict.fromkeys(references):
             by_node.setdefault(self.url_of(one.node), []).append(one)
         found: dict[Reference, Shard] = {}
-        calls = [self._from_node(url, wanted) for url, wanted in by_node.items()]
+        calls = [self._from_node(url, wanted, gpus, hold) for url, wanted in by_node.items()]
         if calls:
             for shards in (yield from together(calls)):
                 found.update(shards)
         self.counts.update(shard.way for shard in found.values())
         return [found[one] for one in references]
 
-    def _from_node(self, url: str, wanted: list[Reference]) -> Steps[dict[Reference, Shard]]:
+    def _from_node(
+        self, url: str, wanted: list[Reference], gpus: Gpus | None, hold: bool
+    ) -> Steps[dict[Reference, Shard]]:
         found: dict[Reference, Shard] = {}
-        if "map" in self._ways:
-            mapped = yield from self._by_map(url, wanted)
+        failed = [gpus.why] if gpus is not None and gpus.why else []
+        why: dict[Reference, list[str]] = {one: [*failed] for one in wanted}
+        if gpus is not None and gpus.ordinals:
+            found |= yield from self._by_gpu(url, why, gpus, hold)
+        left = [one for one in wanted if one not in found]
+        if left and "map" in self._ways:
+            mapped, passed = yield from self._over_the_line(url, lambda node: node.map(_ids(left)))
             if mapped is not None:
-                return dict(zip(wanted, mapped, strict=True))
-        for batch in batches(wanted):
-            shards = yield from self._by_http(url, batch)
+                found |= {one: _mapped(one, what) for one, what in zip(left, mapped, strict=True)}
+                left = []
+            for one in left:
+                why[one].append(f"map: {passed}")
+        for batch in batches(left):
+            shards = yield from self._by_http(url, batch, why[batch[0]])
             found.update(zip(batch, shards, strict=True))
+        for one, shard in found.items():
+            shard.why = "; ".join(why[one])
         return found
 
-    def _by_map(self, url: str, wanted: list[Reference]) -> Steps[list[Shard] | None]:
-        ids = [one.shard_id for one in wanted]
-        try:
-            mapped = yield from self._over_the_line(url, lambda node: node.map(ids))
-        except errors.ShardsNotFound as error:
-            raise ShardsNotFound(f"map {url}", 404, str(error), error.shard_ids) from None
-        if mapped is None:
-            return None
-        return [
-            Shard(one.shard_id, one.node, "map", what.dtype, what.shape, data, what.form)
-            for one, (what, data) in zip(wanted, mapped, strict=True)
-        ]
+    def _by_gpu(
+        self, url: str, why: dict[Reference, list[str]], gpus: Gpus, hold: bool
+    ) -> Steps[dict[Reference, Shard]]:
+        """Those of the wanted (`why`'s keys) that are in the pool of one of these GPUs; and those that could
+        be mapped, since they were asked for in one go. For one that cannot be had this way `why` says it."""
+        wanted = list(why)
+        where, passed = yield from self._over_the_line(
+            url, lambda node: node.locate(_ids(wanted), tuple(gpus.ordinals))
+        )
+        if where is None:
+            for one in wanted:
+                why[one].append(f"gpu: {passed}")
+        found: dict[Reference, Shard] = {}
+        placed: dict[Reference, OnGpu] = {}
+        for one, what in zip(wanted, where or (), strict=where is not None):
+            if isinstance(what, OnGpu):
+                placed[one] = what
+            elif "map" in self._ways:
+                found[one] = _mapped(one, what)
+        if not placed:
+            return found
+        node = yield from self._node(url)
 
-    def _over_the_line(self, url: str, call: Callable[[Node], T]) -> Steps[T | None]:
-        """`call` of a node on this host; None: another way, this time. A line that broke is made anew,
-        once."""
+        def take_all() -> None:
+            for one, on in placed.items():
+                try:
+                    keeper = node.keeper(on.gpu, on.socket)
+                    found[one] = take(keeper, one.shard_id, one.node, gpus, hold=hold)
+                except (GpuShardError, CudaError) as error:
+                    why[one].append(f"gpu: {error}")
+
+        yield from work(take_all)
+        return found
+
+    def _over_the_line(self, url: str, call: Callable[[Node], T]) -> Steps[tuple[T | None, str]]:
+        """`call` of a node on this host. None: another way, this time, and why. A line that broke is made
+        anew, once."""
+        why = ""
         for _ in range(2):
             node = yield from self._node(url)
             if not node.may_be_here:
-                return None
+                return None, node.why_not_here
             try:
-                return (yield from work(partial(call, node)))
-            except NotHere:
+                return (yield from work(partial(call, node))), ""
+            except errors.ShardsNotFound as error:
+                detail = f"{error}: {', '.join(error.shard_ids[:5])}"
+                raise ShardsNotFound(f"map {url}", 404, detail, error.shard_ids) from None
+            except NotHere as error:
+                why = str(error)
                 if not node.broken:
-                    return None
-        return None
+                    break
+        return None, why
 
-    def _by_http(self, url: str, wanted: list[Reference]) -> Steps[list[Shard]]:
-        """One batch, raw if it may be and the node can, else JSON."""
-        ids, node = [one.shard_id for one in wanted], wanted[0].node
+    def _by_http(self, url: str, wanted: list[Reference], why: list[str]) -> Steps[list[Shard]]:
+        """One batch, raw if it may be and the node can, else JSON. why: the ways that were tried before."""
+        ids, node = _ids(wanted), wanted[0].node
         headers = (*self._headers, ("Accept", raw.MEDIA_TYPE)) if "raw" in self._ways else self._headers
         if len(ids) == 1:
             request = Ask(url, "GET", shard_path(ids[0]), headers=headers, safe=True)
@@ -163,32 +225,81 @@ class Fetcher:
         body, brief = answer.body, answer.body.nbytes < LARGE_BYTES
         if answer.headers.get("content-type", "").lower().startswith(raw.MEDIA_TYPE):
             return (yield from work(lambda: decode_raw(ids, node, body), brief=True))
-        self._json_only(url)
+        self._json_only(url, why)
         if len(ids) == 1:
             return [(yield from work(lambda: decode_json(ids[0], node, body), brief=brief))]
         return (yield from work(lambda: decode_json_list(ids, node, body), brief=brief))
 
     # -- put -----------------------------------------------------------------------------------------------
     def put(self, url: str, shard_id: str, value: Any) -> Steps[Reference]:
-        """Store a torch tensor or a numpy array under `shard_id`, replacing any other. TypeError for
-        anything else."""
-        what, data = _taken_apart(value)
-        way = yield from self._put(url, shard_id, what, data)
+        """Store a torch tensor, a numpy array or a DeviceArray under `shard_id`, replacing any other.
+        TypeError for anything else."""
+        array = on_device(value)
+        why: list[str] = []
+        if array is not None and (yield from self._put_by_gpu(url, shard_id, array, why)):
+            way: Way = "gpu"
+            dtype, shape = array.dtype, array.shape
+        else:
+            what, data = yield from work(partial(_taken_apart, value), brief=array is None)
+            way = yield from self._put(url, shard_id, what, data, why)
+            dtype, shape = what.dtype, what.shape
         self.counts[way] += 1
-        return Reference(shard_id, "", what.dtype, what.shape)
+        return Reference(shard_id, "", dtype, shape, way, "; ".join(why))
 
-    def _put(self, url: str, shard_id: str, what: Description, data: memoryview) -> Steps[Way]:
+    def _put_by_gpu(self, url: str, shard_id: str, array: DeviceArray, why: list[str]) -> Steps[bool]:
+        """Into the pool of the GPU that it is on. False: another way, and `why` says why."""
+        if "gpu" not in self._ways:
+            return False
+        try:
+            gpu = uuid_of(array.ordinal)
+            socket = (yield from self._node(url)).socket_of(gpu)
+            for asked in (False, True):
+                if not socket:
+                    socket = yield from self._keeper_of(url, gpu)
+                node = yield from self._node(url)
+                try:
+                    yield from work(partial(_put_into, node, gpu, socket, shard_id, array))
+                    return True
+                except KeeperGone:
+                    node.forget_keeper(gpu)
+                    socket = ""
+                    if asked:
+                        raise
+        except (NotHere, GpuShardError, CudaError, Malformed, TimedOut) as error:
+            if isinstance(error, GpuPoolFull) and self._ways == {"gpu"}:
+                advice = "Delete shards on the GPU, or start the proxy with more --gpu-pool-bytes."
+                raise ArenaFull(f"put {shard_id} by gpu", 507, str(error), advice) from None
+            why.append(f"gpu: {error}")
+        return False
+
+    def _keeper_of(self, url: str, gpu: str) -> Steps[str]:
+        """Where the node's keeper of this GPU listens; it is started if there is none. NotHere."""
+        here, why = yield from self._over_the_line(url, lambda node: node.reach())
+        if here is None:
+            raise NotHere(why)
+        request = Ask(url, "POST", "/data/gpu", (_encode({"gpu": gpu}),), (*self._headers, JSON), safe=True)
+        answer = yield from ask(request, self._retries, expect=NO_KEEPER)
+        if answer.status in NO_KEEPER:
+            refusal = str(error_of("POST /data/gpu", answer.status, bytes(answer.body)).detail)
+            (yield from self._node(url)).has_no_keeper(gpu, refusal)
+            raise NotHere(refusal)
+        return decoded(answer, _Keeper, request.what).socket
+
+    def _put(
+        self, url: str, shard_id: str, what: Description, data: memoryview, why: list[str]
+    ) -> Steps[Way]:
         if "map" in self._ways:
-            done = yield from self._over_the_line(url, lambda node: node.put(shard_id, what, data))
+            done, passed = yield from self._over_the_line(url, lambda node: node.put(shard_id, what, data))
             if done:
                 return "map"
+            why.append(f"map: {passed}")
         way: Way = "json"
         pieces: tuple[Buffer, ...]
         if "raw" in self._ways and (yield from self._node(url)).offers_raw:
             way, kind = "raw", ("Content-Type", raw.MEDIA_TYPE)
             pieces = (raw.lay_out([("tensor", what)]).header, data)
         else:
-            self._json_only(url)
+            self._json_only(url, why)
             kind = JSON
             part = Part(*what, data.nbytes, data)
             brief = data.nbytes < LARGE_BYTES
@@ -197,10 +308,28 @@ class Fetcher:
         yield from ask(request, self._retries)
         return way
 
-    def _json_only(self, url: str) -> None:
+    def _json_only(self, url: str, why: Sequence[str]) -> None:
         if "json" not in self._ways:
             ways = ", ".join(way for way in WAYS if way in self._ways)
-            raise BadReply(f"{url}: shards do not travel there as this client was told to take them: {ways}")
+            tried = f" ({'; '.join(why)})" if why else ""
+            raise BadReply(
+                f"{url}: shards do not travel there as this client was told to take them: {ways}{tried}"
+            )
+
+
+def _ids(references: Sequence[Reference]) -> list[str]:
+    return [one.shard_id for one in references]
+
+
+def _mapped(one: Reference, mapped: Mapped) -> Shard:
+    what, data = mapped
+    return Shard(one.shard_id, one.node, "map", what.dtype, what.shape, data, what.form)
+
+
+def _put_into(node: Node, gpu: str, socket: str, shard_id: str, array: DeviceArray) -> None:
+    """GpuShardError, CudaError."""
+    keeper = node.keeper(gpu, socket)
+    keeper.put(shard_id, array.pointer, array.dtype, array.shape, array.stream)
 
 
 def shard_path(shard_id: str) -> str:
@@ -209,7 +338,9 @@ def shard_path(shard_id: str) -> str:
 
 
 def _taken_apart(value: Any) -> tuple[Description, memoryview]:
-    """(what it is, its bytes) of what is to be put."""
+    """(what it is, its bytes) of what is to be put, copied to the host if it is on a GPU."""
+    if isinstance(value, DeviceArray):
+        return Description(value.dtype, value.shape, own_form(value.dtype)), value.to_host()
     torch = sys.modules.get("torch")  # who has a tensor has imported it
     if torch is not None and isinstance(value, torch.Tensor):
         dtype, shape, data = bytes_of(value)

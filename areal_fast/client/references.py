@@ -24,12 +24,14 @@ _RTENSOR = ".rtensor.RTensor"
 @dataclass(frozen=True, slots=True)
 class Reference:
     """A shard somewhere. node: HOST:PORT, or "" for the proxy that is asked. dtype: "float32", shape; both
-    None where nobody said (a plain id)."""
+    None where nobody said (a plain id). way: how a put went; why: what kept cheaper ways from serving."""
 
     shard_id: str
     node: str = ""
     dtype: str | None = None
     shape: tuple[int, ...] | None = None
+    way: str = field(default="", compare=False)
+    why: str = field(default="", compare=False)
 
     @property
     def size_bytes(self) -> int | None:

@@ -8,7 +8,7 @@ type tag but "tensor" and "ndarray" is looked at.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import msgspec
 import numpy as np
@@ -24,18 +24,24 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
     from areal_fast.protocol.wire import Form
+    from areal_fast.shards.devices import DeviceArray
 
-Way = Literal["map", "raw", "json"]
-WAYS: Final[tuple[Way, ...]] = ("map", "raw", "json")
+Way = Literal["gpu", "map", "raw", "json"]
+WAYS: Final[tuple[Way, ...]] = ("gpu", "map", "raw", "json")
 """Cheapest first."""
+HOST_WAYS: Final[tuple[Way, ...]] = WAYS[1:]
+"""Those that leave a shard in host memory."""
 
 
 class Shard:
     """An immutable tensor or array that was fetched.
 
     id, node (HOST:PORT, "" for the client's own proxy), dtype ("float32"; "<f4" of an array), shape,
-    data (its bytes), way (how they came).
+    data (its bytes, in host memory), way (how they came), why (what kept cheaper ways from serving, "" if
+    nothing did), device (where the bytes are, if that is a GPU).
     """
+
+    device: DeviceArray | None = None
 
     def __init__(
         self,
@@ -52,11 +58,27 @@ class Shard:
         self.way = way
         self.dtype = dtype
         self.shape = shape
-        self.data = data
+        self.why = ""
+        self._data = data
         self._form = form
 
     def __repr__(self) -> str:
         return f"<Shard {self.id} {self.dtype}{list(self.shape)} by {self.way}>"
+
+    @property
+    def data(self) -> Buffer:
+        return self._data
+
+    def release(self) -> bool:
+        """Give back what `hold` holds, after everything that reads it is done: whether the bytes were this
+        shard's all the time. True, and nothing happens, where they are one's own."""
+        return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
 
     @cached_property
     def tensor(self) -> torch.Tensor:

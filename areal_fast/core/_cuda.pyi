@@ -23,6 +23,9 @@ class CudaError(Exception):
     code: int
     def __init__(self, message: str, code: int) -> None: ...
 
+def is_loaded(path: str) -> bool:
+    """Whether something in this process has loaded this library. Loads nothing."""
+
 @final
 class Driver:
     def __init__(self, path: str) -> None:
@@ -41,6 +44,9 @@ class Driver:
         """16 bytes."""
 
     def name(self, ordinal: int) -> str: ...
+    def is_active(self, ordinal: int) -> bool:
+        """Whether this process has a context on that device, whoever made it. Makes none."""
+
     def open(self, ordinal: int) -> Device:
         """Retain the device's primary context (about 0.3 to 0.5 GB of device memory if this process has
         none)."""
@@ -59,9 +65,12 @@ class Device:
         """Whether pools of KIND_FD can be had."""
 
     def alloc(self, nbytes: int) -> int:
-        """Plain device memory, for tests and measurements. Free it."""
+        """Plain device memory. Free it."""
 
     def free(self, address: int) -> None: ...
+    def read(self, address: int, target: WriteableBuffer, stream: int = 0) -> None:
+        """Device memory of this process to the host, after what is queued on `stream`."""
+
     def create_pool(self, nbytes: int, kind: int) -> Pool:
         """A new pool of at least `nbytes`."""
 

@@ -17,6 +17,7 @@ from areal_fast.core.codes import BadArgument
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint8_t, uint64_t
+from posix.unistd cimport getpid
 
 from areal_fast.core._cuda cimport *
 
@@ -42,6 +43,11 @@ cdef int check(int code) except -1:
     return 0
 
 
+def is_loaded(str path):
+    cdef bytes name = os.fsencode(path)
+    return bool(af_cuda_loaded(name))
+
+
 @cython.final
 cdef class Driver:
     cdef af_cuda_driver *d
@@ -55,7 +61,7 @@ cdef class Driver:
         if self.d != NULL:
             raise BadArgument("loaded already")
         self.path = path
-        self.pid = os.getpid()
+        self.pid = getpid()
         with nogil:
             code = af_cuda_load(text, &self.d)
         check(code)
@@ -65,7 +71,7 @@ cdef class Driver:
             af_cuda_unload(self.d)
 
     cdef af_cuda_driver *ready(self) except NULL:
-        if self.d == NULL or self.pid != os.getpid():
+        if self.d == NULL or self.pid != getpid():
             raise BadArgument("the driver was loaded by the process that this one was forked from")
         return self.d
 
@@ -91,6 +97,11 @@ cdef class Driver:
         check(af_cuda_name(self.ready(), ordinal, name, sizeof(name)))
         return (<bytes>name).decode("utf-8", "replace")
 
+    def is_active(self, int ordinal):
+        cdef int yes = 0
+        check(af_cuda_active(self.ready(), ordinal, &yes))
+        return bool(yes)
+
     def open(self, int ordinal):
         cdef Device device = Device.__new__(Device)
         cdef af_cuda_driver *d = self.ready()
@@ -113,7 +124,7 @@ cdef class Device:
         raise TypeError("Driver.open makes one")
 
     def __dealloc__(self):
-        if self.dev != NULL and self.driver.pid == os.getpid():
+        if self.dev != NULL and self.driver.pid == getpid():
             af_cuda_close(self.dev)
 
     cdef af_cuda_device *ready(self) except NULL:
@@ -139,6 +150,16 @@ cdef class Device:
 
     def free(self, uint64_t address):
         af_cuda_free(self.ready(), address)
+
+    def read(self, uint64_t address, target, uint64_t stream=0):
+        cdef af_cuda_device *dev = self.ready()
+        cdef Py_buffer view
+        cdef int code
+        PyObject_GetBuffer(target, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        with nogil:
+            code = af_cuda_read(dev, address, view.buf, <uint64_t>view.len, stream)
+        PyBuffer_Release(&view)
+        check(code)
 
     def create_pool(self, uint64_t nbytes, int kind):
         cdef af_cuda_device *dev = self.ready()
@@ -186,7 +207,7 @@ cdef class Pool:
         self.finish()
 
     cdef void finish(self) noexcept:
-        if self.pool != NULL and self.device.driver.pid == os.getpid():
+        if self.pool != NULL and self.device.driver.pid == getpid():
             af_cuda_pool_close(self.pool)
         self.pool = NULL
 

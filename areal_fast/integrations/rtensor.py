@@ -30,7 +30,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from areal_fast.client import WAYS, Client, ClientError, Reference, Way
+from areal_fast.client import HOST_WAYS, Client, ClientError, Reference, Way
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,8 @@ class ShardInfo(Protocol):
 
 class AReaLFastBackend:
     """An RTensorBackend. node: HOST:PORT of an areal_fast proxy that `store` puts shards into; None: as AReaL
-    does. admin_api_key: only for proxies that run with --data-auth. ways: as Client takes them."""
+    does. admin_api_key: only for proxies that run with --data-auth. ways: as Client takes them;
+    with "gpu" among them tensors may come on a GPU, where AReaL's own are always in host memory."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class AReaLFastBackend:
         *,
         admin_api_key: str | None = None,
         timeout_s: float = TIMEOUT_S,
-        ways: Sequence[Way] = WAYS,
+        ways: Sequence[Way] = HOST_WAYS,
     ) -> None:
         url = f"http://{node}" if node else None
         self.client = Client(url, admin_api_key, timeout_s=timeout_s, ways=ways)

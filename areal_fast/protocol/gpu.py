@@ -71,8 +71,11 @@ DTYPES: Final = (
     "uint64", "uint32", "uint16", "uint8", "bool", "complex32", "complex64", "complex128",
     "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
     "float4_e2m1fn_x2",
+    "int1", "int2", "int3", "int4", "int5", "int6", "int7",
+    "uint1", "uint2", "uint3", "uint4", "uint5", "uint6", "uint7",
+    "bits1x8", "bits2x4", "bits4x2", "bits8", "bits16",
 )  # fmt: skip
-"""A dtype's code is its place here plus one: never reorder, only append. 0 is none."""
+"""All of TORCH_ITEMSIZE. A dtype's code is its place here plus one: never reorder, only append. 0 is none."""
 
 _CODES = {name: code for code, name in enumerate(DTYPES, 1)}
 _REQUEST = struct.Struct(f"<IHHQ QQQ HHHH {MAX_DIMS}Q")

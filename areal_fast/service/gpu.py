@@ -45,6 +45,7 @@ class Line:
     """A connection to one keeper. `read` may be called by many tasks; they take turns."""
 
     def __init__(self, name: str) -> None:
+        self.name = name
         self._address = f"\0{name}"
         self._sock: socket.socket | None = None
         self._turn = asyncio.Lock()
@@ -174,6 +175,17 @@ class GpuShards:
     def has(self, shard_ids: Iterable[str]) -> bool:
         """Whether any of them is on a GPU. Costs nothing where no keeper ever was."""
         return bool(self._lines) and any(self._records.find(shard_id) is not None for shard_id in shard_ids)
+
+    def placed(self, shard_ids: Iterable[str], gpus: Iterable[str]) -> dict[str, tuple[str, str]]:
+        """Those that are on one of these GPUs (UUIDs): on which, and its keeper's socket. For readers who
+        can copy them there themselves."""
+        names = {gpu: self._lines[gpu].name for gpu in gpus if gpu in self._lines}
+        found: dict[str, tuple[str, str]] = {}
+        for shard_id in shard_ids if names else ():
+            meta = self._records.find(shard_id)
+            if meta is not None and (gpu := wire.uuid_text(meta.gpu)) in names:
+                found[shard_id] = gpu, names[gpu]
+        return found
 
     async def fetch(self, shard_ids: Iterable[str]) -> dict[str, Part]:
         """Those that are on a GPU, in host memory. KeeperAway if one cannot be had now."""

@@ -185,7 +185,7 @@ class LocalServer:
     ) -> tuple[dict[str, Any], list[SealedFile]]:
         op = request.get("op")
         if op == "map":
-            return await self._map(_ids(request))
+            return await self._map(_ids(request), _gpus(request))
         if op == "put":
             await self._put(request, file)
         elif op == "clear":
@@ -239,14 +239,20 @@ class LocalServer:
         self.hold.tell({"is": "placed", "fd": held["fd"], "slot": slot})
 
     # -- out -------------------------------------------------------------------------------------------
-    async def _map(self, ids: list[str]) -> tuple[dict[str, Any], list[SealedFile]]:
-        fetched = await self._gpu.fetch(ids) if self._gpu.has(ids) else None
-        parts = self._shards.find(ids, fetched)
+    async def _map(self, ids: list[str], gpus: list[str]) -> tuple[dict[str, Any], list[SealedFile]]:
+        placed = self._gpu.placed(ids, gpus) if gpus else {}
+        here = [shard_id for shard_id in ids if shard_id not in placed] if placed else ids
+        fetched = await self._gpu.fetch(here) if self._gpu.has(here) else None
+        parts = iter(self._shards.find(here, fetched))
         files: list[SealedFile] = []
         packed: list[tuple[int, Part]] = []
         shards: list[list[Any]] = []
         at = 0
-        for part in parts:
+        for shard_id in ids:
+            if shard_id in placed:
+                shards.append(list(placed[shard_id]))
+                continue
+            part = next(parts)
             row: list[Any] = [part.dtype, part.shape, part.form, part.nbytes, 0, 0]
             if isinstance(part.data, SealedFile):
                 files.append(part.data)
@@ -280,6 +286,13 @@ def _ids(request: dict[str, Any]) -> list[str]:
     if not isinstance(ids, list) or len(ids) > MAX_IDS or not all(isinstance(i, str) for i in ids):
         raise Refusal(400, f"'ids' must be a list of at most {MAX_IDS} strings")
     return ids
+
+
+def _gpus(request: dict[str, Any]) -> list[str]:
+    gpus = request.get("gpus", [])
+    if not isinstance(gpus, list) or len(gpus) > MAX_IDS or not all(isinstance(i, str) for i in gpus):
+        raise Refusal(400, f"'gpus' must be a list of at most {MAX_IDS} strings")
+    return gpus
 
 
 async def _ready(sock: socket.socket, *, reading: bool) -> None:

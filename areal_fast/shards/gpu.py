@@ -92,10 +92,8 @@ def _map(info: PoolInfo, fd: int, library: str) -> Mapped:
         if known is not None:
             return known
         driver = Driver(library)
-        for ordinal in range(driver.count):
-            if driver.uuid(ordinal) == info.gpu:
-                break
-        else:
+        ordinal = next((n for n in range(driver.count) if driver.uuid(n) == info.gpu), -1)
+        if ordinal < 0:
             raise CudaError(f"GPU {wire.uuid_text(info.gpu)} is not among this process's devices", -1)
         device = driver.open(ordinal)
         if info.way == KIND_FD:
@@ -129,6 +127,11 @@ class Lease:
         self.shape = region.shape
         self.nbytes = region.nbytes
         self.valid: bool | None = None
+
+    def copy_out(self, pointer: int, stream: int = 0) -> None:
+        """Copy its bytes to device memory of one's own, after what is queued on `stream`; done when it
+        returns. CudaError."""
+        self._mapped.pool.copy_out(self._region.offset, pointer, self.nbytes, stream)
 
     def release(self) -> bool:
         """Give it back, after everything that reads it is done; `valid`. A second call changes nothing."""
@@ -207,6 +210,11 @@ class GpuClient:
             self.close()
 
     @property
+    def is_inherited(self) -> bool:
+        """Whether this process got it by a fork: it is of no use here."""
+        return self._pid != os.getpid()
+
+    @property
     def gpu(self) -> str:
         """UUID of the pool's device."""
         return wire.uuid_text(self._info.gpu) if self._info is not None else ""
@@ -253,7 +261,7 @@ class GpuClient:
             try:
                 if lease.nbytes > nbytes:
                     raise GpuShardError(f"a shard of {lease.nbytes} bytes does not fit into {nbytes}")
-                lease._mapped.pool.copy_out(lease._region.offset, pointer, lease.nbytes, stream)
+                lease.copy_out(pointer, stream)
             finally:
                 valid = lease.release()
             if valid:

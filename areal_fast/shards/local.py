@@ -15,6 +15,8 @@ Protocol: SOCK_SEQPACKET; a message is one msgpack map, of at most MAX_MESSAGE_B
     {"op": "put", "id", "dtype", "shape", "form"} + the sealed file's descriptor
     {"op": "map", "ids": [≤ MAX_IDS]}      -> "shards": [[dtype, shape, form, nbytes, file, at], …], "files":
                                               their sizes, + a descriptor for each of them, in order
+      with "gpus": [UUIDs that the           -> a shard in the pool of one of them is [UUID, the keeper's
+      reader has a context on]                  socket] instead: to be had there without the host
     {"op": "clear", "ids": [≤ MAX_IDS]}    -> "cleared", "num_tensors", "total_bytes"
     {"op": "hello", "key"}                 first of all, where --data-auth asks for the admin key
     any reply: "ok"; if not: "status" (HTTP's for the same), "message", and "missing" ids
@@ -99,6 +101,13 @@ class Mapped(NamedTuple):
     data: memoryview
 
 
+class OnGpu(NamedTuple):
+    """A shard in the pool of a GPU that the reader uses. socket: where its keeper is asked for it."""
+
+    gpu: str
+    socket: str
+
+
 class LocalShards:
     """See the top of the file. `key`: the admin key, where the proxy asks for it. NotLocal."""
 
@@ -137,15 +146,23 @@ class LocalShards:
 
     def map(self, shard_ids: Sequence[str]) -> list[Mapped]:
         """The shards, in order. ShardsNotFound, LocalRefused."""
-        found: list[Mapped] = []
+        return [one for one in self.locate(shard_ids, ()) if isinstance(one, Mapped)]
+
+    def locate(self, shard_ids: Sequence[str], gpus: Sequence[str]) -> list[Mapped | OnGpu]:
+        """The same, but for shards in the pool of one of these GPUs (UUIDs), which stay where they are."""
+        found: list[Mapped | OnGpu] = []
         for ids in _pages(shard_ids):
-            reply, fds = self._ask({"op": "map", "ids": ids})
+            reply, fds = self._ask({"op": "map", "ids": ids, **({"gpus": gpus} if gpus else {})})
             try:
                 views = [sealed.map_private(fd, size) for fd, size in zip(fds, reply["files"], strict=True)]
             finally:
                 for fd in fds:
                     os.close(fd)
-            for dtype, shape, form, nbytes, file, at in reply["shards"]:
+            for row in reply["shards"]:
+                if len(row) == len(OnGpu._fields):
+                    found.append(OnGpu(*row))
+                    continue
+                dtype, shape, form, nbytes, file, at = row
                 data = views[file][at : at + nbytes] if nbytes else memoryview(bytearray())
                 found.append(Mapped(describe(dtype, shape, form), data))
         return found

@@ -12,7 +12,10 @@
  * been acquired and not given back (handles, ranges, mappings, allocations, imports, streams, contexts). With
  * `kill_at` the process dies by SIGKILL there instead.
  *
- * FAKECUDA_DEVICES (1), FAKECUDA_NO_FDS=1 (devices that cannot export descriptors), FAKECUDA_TOTAL (bytes, 1 GiB).
+ * Devices. FAKECUDA_DEVICES (1) of them; CUDA_VISIBLE_DEVICES says which a process may use and in which order, as
+ * numbers. Memory belongs to one: what touches it through another device's context is refused, and a VMM allocation
+ * says in its memfd's name whose it is. FAKECUDA_NO_FDS=1: they cannot export descriptors; FAKECUDA_TOTAL (bytes of
+ * each, 1 GiB).
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -53,7 +56,7 @@ struct state {
     char failed[48];
 };
 
-enum { MAX = 1024, GRANULARITY = 2 << 20, LEGACY_MAGIC = 0xC0DA };
+enum { MAX = 1024, MAX_DEVICES = 16, GRANULARITY = 2 << 20, LEGACY_MAGIC = 0xC0DA };
 
 struct range {
     U at;
@@ -61,6 +64,7 @@ struct range {
     int fd;     /* -1: reserved only */
     int access; /* cuMemSetAccess was called, or plain memory */
     int legacy; /* opened from a handle of this pid, 0 otherwise */
+    int device; /* physical number */
 };
 
 struct copy {
@@ -73,6 +77,7 @@ static struct state alone, *state = &alone;
 static struct range ranges[MAX];
 static struct copy queued[64];
 static int queue_length, initialised;
+static int retained[MAX_DEVICES]; /* primary contexts, by physical number */
 static _Thread_local void *contexts[16];
 static _Thread_local int depth;
 
@@ -93,7 +98,7 @@ static int refused(const char *name, int needs_context, R *why) {
         *why = UNKNOWN;
         return 1;
     }
-    if (needs_context && !initialised) {
+    if (needs_context && initialised != getpid()) {
         *why = NOT_INITIALIZED;
         return 1;
     }
@@ -117,16 +122,52 @@ static uint64_t setting(const char *name, uint64_t otherwise) {
     return text ? strtoull(text, NULL, 10) : otherwise;
 }
 
+static int device_count(void) {
+    uint64_t all = setting("FAKECUDA_DEVICES", 1);
+    return all < MAX_DEVICES ? (int)all : MAX_DEVICES;
+}
+
+/* The physical number of this process's device `ordinal`; -1: there is none. As the real driver reads the variable,
+ * the list ends at the first number that is no device's. */
+static int physical(int ordinal) {
+    const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+    if (ordinal < 0) return -1;
+    if (!visible) return ordinal < device_count() ? ordinal : -1;
+    for (int i = 0; *visible; i++) {
+        char *end;
+        long n = strtol(visible, &end, 10);
+        if (end == visible || n < 0 || n >= device_count()) return -1;
+        if (i == ordinal) return (int)n;
+        visible = *end == ',' ? end + 1 : end;
+        if (end[0] && end[0] != ',') return -1;
+    }
+    return -1;
+}
+
+/* The physical number of the current context's device. */
+static int here(void) { return depth ? (int)(intptr_t)contexts[depth - 1] - 1 : -1; }
+
+/* Of a VMM allocation's descriptor, or of one to it. */
+static int device_of(int fd) {
+    char link[64], name[128];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t n = readlink(link, name, sizeof name - 1);
+    if (n < 0) return -1;
+    name[n] = 0;
+    int found;
+    return sscanf(name, "/memfd:fakecuda-pool-%d", &found) == 1 ? found : -1;
+}
+
 static struct range *range_at(U p) {
     for (int i = 0; i < MAX; i++)
         if (ranges[i].bytes && p >= ranges[i].at && p < ranges[i].at + ranges[i].bytes) return &ranges[i];
     return NULL;
 }
 
-static struct range *range_new(U at, size_t bytes, int fd, int access) {
+static struct range *range_new(U at, size_t bytes, int fd, int access, int device) {
     for (int i = 0; i < MAX; i++)
         if (!ranges[i].bytes) {
-            ranges[i] = (struct range){at, bytes, fd, access, 0};
+            ranges[i] = (struct range){at, bytes, fd, access, 0, device};
             live(1);
             return &ranges[i];
         }
@@ -172,8 +213,9 @@ R cuGetErrorString(R e, const char **s) {
 R cuInit(unsigned flags) {
     ENTER(GLOBAL);
     if (flags) return INVALID_VALUE;
-    if (!setting("FAKECUDA_DEVICES", 1)) return 100; /* CUDA_ERROR_NO_DEVICE */
-    initialised = 1;
+    if (physical(0) < 0) return 100; /* CUDA_ERROR_NO_DEVICE */
+    if (initialised && initialised != getpid()) return NOT_INITIALIZED; /* made by fork: there the driver is dead */
+    initialised = getpid();
     return OK;
 }
 
@@ -185,11 +227,12 @@ R cuDriverGetVersion(int *v) {
 
 R cuDeviceGetCount(int *n) {
     ENTER(DEVICE);
-    *n = (int)setting("FAKECUDA_DEVICES", 1);
+    *n = 0;
+    while (physical(*n) >= 0) ++*n;
     return OK;
 }
 
-static int no_device(int d) { return d < 0 || d >= (int)setting("FAKECUDA_DEVICES", 1); }
+static int no_device(int d) { return physical(d) < 0; }
 
 R cuDeviceGet(int *d, int i) {
     ENTER(DEVICE);
@@ -201,13 +244,13 @@ R cuDeviceGet(int *d, int i) {
 R cuDeviceGetUuid_v2(unsigned char uuid[16], int d) {
     ENTER(DEVICE);
     if (no_device(d)) return INVALID_DEVICE;
-    memset(uuid, 0xA0 + d, 16);
+    memset(uuid, 0xA0 + physical(d), 16);
     return OK;
 }
 
 R cuDeviceGetName(char *name, int size, int d) {
     ENTER(DEVICE);
-    snprintf(name, (size_t)size, "Fake GPU %d", d);
+    snprintf(name, (size_t)size, "Fake GPU %d", physical(d));
     return OK;
 }
 
@@ -222,7 +265,8 @@ R cuDeviceGetAttribute(int *value, int attribute, int d) {
 R cuDevicePrimaryCtxRetain(void **c, int d) {
     ENTER(DEVICE);
     if (no_device(d)) return INVALID_DEVICE;
-    *c = (void *)(intptr_t)(d + 1);
+    *c = (void *)(intptr_t)(physical(d) + 1);
+    retained[physical(d)]++;
     live(1);
     return OK;
 }
@@ -230,7 +274,16 @@ R cuDevicePrimaryCtxRetain(void **c, int d) {
 R cuDevicePrimaryCtxRelease_v2(int d) {
     ENTER(DEVICE);
     if (no_device(d)) return INVALID_DEVICE;
+    retained[physical(d)]--;
     live(-1);
+    return OK;
+}
+
+R cuDevicePrimaryCtxGetState(int d, unsigned *flags, int *active) {
+    ENTER(DEVICE);
+    if (no_device(d)) return INVALID_DEVICE;
+    *flags = 0;
+    *active = retained[physical(d)] > 0;
     return OK;
 }
 
@@ -282,7 +335,7 @@ R cuStreamSynchronize(void *s) {
 
 static int on_device(U p, size_t bytes) {
     struct range *r = range_at(p);
-    return r && r->access && bytes <= r->bytes - (size_t)(p - r->at);
+    return r && r->access && r->device == here() && bytes <= r->bytes - (size_t)(p - r->at);
 }
 
 R cuMemcpyDtoDAsync_v2(U to, U from, size_t bytes, void *s) {
@@ -322,7 +375,7 @@ R cuMemAlloc_v2(U *p, size_t bytes) {
     int fd = memfd_create("fakecuda-plain", MFD_CLOEXEC);
     if (fd < 0) return OUT_OF_MEMORY;
     void *m = ftruncate(fd, (off_t)bytes) ? MAP_FAILED : mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (m == MAP_FAILED || !range_new((U)(uintptr_t)m, bytes, fd, 1)) {
+    if (m == MAP_FAILED || !range_new((U)(uintptr_t)m, bytes, fd, 1, here())) {
         close(fd);
         return OUT_OF_MEMORY;
     }
@@ -340,7 +393,7 @@ R cuMemFree_v2(U p) {
 
 typedef struct {
     uint32_t magic, pid;
-    int32_t fd, pad;
+    int32_t fd, device;
     uint64_t bytes;
     char rest[40];
 } legacy_handle;
@@ -354,6 +407,7 @@ R cuIpcGetMemHandle(legacy_handle *h, U p) {
     h->magic = LEGACY_MAGIC;
     h->pid = (uint32_t)getpid();
     h->fd = r->fd;
+    h->device = r->device;
     h->bytes = r->bytes;
     return OK;
 }
@@ -361,15 +415,15 @@ R cuIpcGetMemHandle(legacy_handle *h, U p) {
 R cuIpcOpenMemHandle_v2(U *p, legacy_handle h, unsigned flags) {
     ENTER(CONTEXT);
     if (h.magic != LEGACY_MAGIC || flags != 1) return INVALID_VALUE;
-    if ((pid_t)h.pid == getpid()) return INVALID_CONTEXT;
+    if ((pid_t)h.pid == getpid() || h.device != here()) return INVALID_CONTEXT;
     for (int i = 0; i < MAX; i++)
-        if (ranges[i].bytes && ranges[i].legacy == (int)h.pid) return ALREADY_MAPPED;
+        if (ranges[i].bytes && ranges[i].legacy == (int)h.pid && ranges[i].device == h.device) return ALREADY_MAPPED;
     char path[64];
     snprintf(path, sizeof path, "/proc/%u/fd/%d", h.pid, h.fd);
     int fd = open(path, O_RDWR | O_CLOEXEC);
     if (fd < 0) return INVALID_HANDLE;
     void *m = mmap(NULL, h.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    struct range *r = m == MAP_FAILED ? NULL : range_new((U)(uintptr_t)m, h.bytes, fd, 1);
+    struct range *r = m == MAP_FAILED ? NULL : range_new((U)(uintptr_t)m, h.bytes, fd, 1, h.device);
     if (!r) {
         close(fd);
         return MAP_FAILURE;
@@ -410,7 +464,9 @@ R cuMemCreate(U *h, size_t bytes, const void *prop, U flags) {
     if (bad_prop(prop) || flags || !bytes || bytes % GRANULARITY) return INVALID_VALUE;
     if (setting("FAKECUDA_NO_FDS", 0)) return NOT_SUPPORTED;
     if (bytes > setting("FAKECUDA_TOTAL", 1ull << 30)) return OUT_OF_MEMORY;
-    int fd = memfd_create("fakecuda-pool", MFD_CLOEXEC);
+    char name[32];
+    snprintf(name, sizeof name, "fakecuda-pool-%d", physical(((const prop_head *)prop)->location_id));
+    int fd = memfd_create(name, MFD_CLOEXEC);
     if (fd < 0) return OUT_OF_MEMORY;
     if (ftruncate(fd, (off_t)bytes)) {
         close(fd);
@@ -443,7 +499,7 @@ R cuMemImportFromShareableHandle(U *h, void *os, int type) {
     if (type != 1) return INVALID_VALUE;
     int fd = fcntl((int)(intptr_t)os, F_DUPFD_CLOEXEC, 3);
     if (fd < 0) return INVALID_HANDLE;
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
+    if (fstat(fd, &st) || !S_ISREG(st.st_mode) || device_of(fd) < 0) {
         close(fd);
         return INVALID_HANDLE;
     }
@@ -457,7 +513,7 @@ R cuMemAddressReserve(U *p, size_t bytes, size_t alignment, U at, U flags) {
     if (!bytes || bytes % GRANULARITY || alignment || at || flags) return INVALID_VALUE;
     void *m = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (m == MAP_FAILED) return OUT_OF_MEMORY;
-    if (!range_new((U)(uintptr_t)m, bytes, -1, 0)) {
+    if (!range_new((U)(uintptr_t)m, bytes, -1, 0, -1)) {
         munmap(m, bytes);
         return OUT_OF_MEMORY;
     }
@@ -487,6 +543,7 @@ R cuMemMap(U p, size_t bytes, size_t offset, U h, U flags) {
         return MAP_FAILURE;
     }
     r->fd = fd;
+    r->device = device_of(fd);
     live(1);
     return OK;
 }
@@ -494,7 +551,9 @@ R cuMemMap(U p, size_t bytes, size_t offset, U h, U flags) {
 R cuMemSetAccess(U p, size_t bytes, const void *desc, size_t count) {
     ENTER(DEVICE);
     struct range *r = range_at(p);
-    if (!r || r->fd < 0 || r->bytes != bytes || count != 1 || ((const int *)desc)[2] != 3) return INVALID_VALUE;
+    const int *d = desc; /* location type, location, flags */
+    if (!r || r->fd < 0 || r->bytes != bytes || count != 1 || d[2] != 3) return INVALID_VALUE;
+    if (physical(d[1]) != r->device) return INVALID_DEVICE; /* another GPU's memory: what peer access would be for */
     if (mprotect((void *)(uintptr_t)p, bytes, PROT_READ | PROT_WRITE)) return MAP_FAILURE;
     r->access = 1;
     return OK;

@@ -1,4 +1,5 @@
-"""One proxy for all; every test runs once a way, or once a pair of ways (in, out)."""
+"""One proxy for all; every test runs once a way, or once a pair of ways (in, out). Its GPU is the fake
+driver's; test_real_gpu.py puts a real one in its place."""
 
 from __future__ import annotations
 
@@ -7,14 +8,23 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import fakecuda
 from tests.contract.ways import WAYS, Way
 from tests.e2e.running import Proxy
 
+FLAGS = ("--arena-max-bytes", "256M", "--gpu-pool-bytes", "256M")
+
 
 @pytest.fixture(scope="package")
-def proxy() -> Iterator[Proxy]:
-    with Proxy("--arena-max-bytes", "256M", workers=2) as running:
+def fake_proxy() -> Iterator[Proxy]:
+    with Proxy(*FLAGS, workers=2, environment={"AREAL_FAST_LIBCUDA": fakecuda.library()}) as running:
         yield running
+
+
+@pytest.fixture
+def proxy(fake_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
+    monkeypatch.setenv("AREAL_FAST_LIBCUDA", fakecuda.library())
+    return fake_proxy
 
 
 @pytest.fixture(params=list(WAYS))

@@ -33,7 +33,8 @@ def filled(what: Description, seed: int = 1) -> Shard:
 
 
 def test_every_dtype_and_shape_is_the_same_bit_for_bit(way_in: Way, way_out: Way, fresh: str) -> None:
-    shards = {f"{fresh}-{i}": filled(what, i) for i, what in enumerate(KINDS)}
+    shards = {f"{fresh}-{i}": filled(what, i) for i, what in enumerate(KINDS) if way_in.takes(what)}
+    assert {shard.what.dtype for shard in shards.values()} >= set(TORCH_ITEMSIZE)
     for shard_id, shard in shards.items():
         way_in.put(shard_id, shard)
     found = dict(zip(shards, way_out.get(list(shards)), strict=True))

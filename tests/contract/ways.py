@@ -16,11 +16,15 @@ from urllib.parse import quote
 
 import numpy as np
 
+from areal_fast import client
+from areal_fast.client import Client
+from areal_fast.config import cuda_library
 from areal_fast.errors import ShardsNotFound
 from areal_fast.shards import raw
-from areal_fast.shards.description import Description, describe
+from areal_fast.shards.description import Description, describe, own_form
 from areal_fast.shards.local import LocalRefused, LocalShards
-from tests.e2e.running import Proxy
+from tests.devices import Gpus
+from tests.e2e.running import ADMIN, Proxy
 
 
 class Shard(NamedTuple):
@@ -39,6 +43,10 @@ class Refused(Exception):
 class Way(Protocol):
     name: str
 
+    def takes(self, what: Description) -> bool:
+        """Whether it can bring this in at all."""
+        ...
+
     def put(self, shard_id: str, shard: Shard) -> None: ...
     def get(self, shard_ids: Sequence[str]) -> list[Shard]: ...
     def close(self) -> None: ...
@@ -53,6 +61,9 @@ def checked(answer: Any) -> Any:
 class _Http:
     def __init__(self, proxy: Proxy) -> None:
         self.proxy = proxy
+
+    def takes(self, what: Description) -> bool:
+        return True
 
     def close(self) -> None:
         """Nothing is kept open."""
@@ -117,6 +128,9 @@ class Local:
     def __init__(self, proxy: Proxy) -> None:
         self.shards = LocalShards(proxy.ask("GET", "/data/ways").json["local"])
 
+    def takes(self, what: Description) -> bool:
+        return True
+
     def put(self, shard_id: str, shard: Shard) -> None:
         with _refusals():
             self.shards.put_bytes(shard_id, shard.what, shard.data)
@@ -129,14 +143,49 @@ class Local:
         self.shards.close()
 
 
+class Gpu:
+    """The Python client in a process that uses the GPU: in from device memory, out into it. What is not on
+    the GPU comes to it as to any client."""
+
+    name = "gpu"
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.gpus = Gpus(cuda_library())
+        self.client = Client(f"http://127.0.0.1:{proxy.port}", ADMIN)
+
+    def takes(self, what: Description) -> bool:
+        return what.form == own_form(what.dtype)
+
+    def put(self, shard_id: str, shard: Shard) -> None:
+        with _refusals():
+            array = self.gpus.array(shard.what.dtype, shard.what.shape, shard.data)
+            reference = self.client.put(array, shard_id)
+        assert (reference.way, reference.why) == ("gpu", "")
+
+    def get(self, shard_ids: Sequence[str]) -> list[Shard]:
+        with _refusals():
+            return [self._shard(one) for one in self.client.get_many(shard_ids)]
+
+    @staticmethod
+    def _shard(one: client.Shard) -> Shard:
+        assert one.way in ("gpu", "map") and (one.device is not None) == (one.way == "gpu")
+        return Shard(Description(one.dtype, one.shape, one._form), bytes(one.data))
+
+    def close(self) -> None:
+        self.client.close()
+        self.gpus.close()
+
+
 @contextmanager
 def _refusals() -> Iterator[None]:
     try:
         yield
     except LocalRefused as error:
         raise Refused(error.status, str(error)) from None
+    except client.ShardsNotFound as error:
+        raise Refused(400, str(error)) from None
     except ShardsNotFound as error:
         raise Refused(400, f"{error} {error.shard_ids}") from None
 
 
-WAYS: dict[str, Any] = {"json": Json, "raw": Raw, "local": Local}
+WAYS: dict[str, Any] = {"json": Json, "raw": Raw, "local": Local, "gpu": Gpu}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from areal_fast.client import WAYS, AsyncClient, BadReply, Client, Reference, ShardsNotFound, Way
+from areal_fast.client import HOST_WAYS, AsyncClient, BadReply, Client, Reference, ShardsNotFound, Way
 from areal_fast.protocol.wire import TORCH_ITEMSIZE
 from areal_fast.shards.local import LocalShards
 from tests.e2e.running import ADMIN, Proxy, wait_until
@@ -34,7 +34,7 @@ def url_of(proxy: Proxy) -> str:
     return f"http://127.0.0.1:{proxy.port}"
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=HOST_WAYS)
 def way(request: pytest.FixtureRequest) -> Way:
     found: Way = request.param
     return found

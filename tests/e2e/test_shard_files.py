@@ -180,6 +180,8 @@ HOSTILE: dict[str, tuple[Any, Any]] = {
     "no operation": ({}, None),
     "ids of no list": ({"op": "map", "ids": "x"}, None),
     "too many ids": ({"op": "map", "ids": ["x"] * 129}, None),
+    "gpus of no list": ({"op": "map", "ids": [], "gpus": 7}, None),
+    "gpus of no text": ({"op": "map", "ids": [], "gpus": [b"\xff"]}, None),
     "not a map": ([1], None),
     "not msgpack": (b"\xc1", None),
 }

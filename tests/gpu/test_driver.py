@@ -6,6 +6,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from areal_fast.core import BadArgument
-from areal_fast.core._cuda import KIND_FD, KIND_HANDLE, OWN_STREAM, CudaError, Device, Driver, Pool
+from areal_fast.core._cuda import KIND_FD, KIND_HANDLE, OWN_STREAM, CudaError, Device, Driver, Pool, is_loaded
 from tests import fakecuda
 from tests.gpu.keeping import GIVING_BACK
 
@@ -55,6 +56,61 @@ def test_a_missing_driver_is_said_by_name() -> None:
 def test_a_library_that_is_no_driver() -> None:
     with pytest.raises(CudaError, match="has no cuInit"):
         Driver("libm.so.6")
+
+
+def test_what_is_loaded(tmp_path: Path) -> None:
+    """By its path or by its name, with a version or without; and never by asking."""
+    assert not is_loaded("libcuda-of-nobody.so.1") and not is_loaded("") and not is_loaded("libfake")
+    whole = shutil.copy(fakecuda.library(), tmp_path / "libwhole.so.1")
+    bare = shutil.copy(fakecuda.library(), tmp_path / "libbare.so")
+    assert not is_loaded(str(whole)) and not is_loaded("libwhole.so.1")
+    keep = [Driver(str(whole)), Driver(str(bare))]
+    assert is_loaded(str(whole)) and is_loaded("libwhole.so.1") and not is_loaded("libwhole.so.2")
+    assert is_loaded("libbare.so") and is_loaded("libbare.so.1") and not is_loaded("libbare.sox")
+    assert len(keep) == 2
+
+
+def test_whose_context_counts(driver_path: str) -> None:
+    """A device is active while somebody in this process has its context, and to ask makes none."""
+    driver = Driver(driver_path)
+    before = driver.is_active(0)
+    device = driver.open(0)
+    assert driver.is_active(0)
+    with allocated(device, 5) as address:
+        window = device.create_pool(5, KIND_HANDLE)
+        window.from_host(0, b"12345")
+        window.copy_out(0, address, 5)
+        out = bytearray(5)
+        device.read(address, out)
+        assert out == b"12345"
+        device.read(address, bytearray())
+    del device, window
+    gc.collect()
+    assert driver.is_active(0) == before
+    with pytest.raises(CudaError):
+        driver.is_active(driver.count)
+
+
+def test_several_devices_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the fake says of several: UUIDs stay with the devices, numbers follow CUDA_VISIBLE_DEVICES, and no
+    device touches another's memory."""
+    monkeypatch.setenv("FAKECUDA_DEVICES", "3")
+    driver = Driver(fakecuda.library())
+    uuids = [driver.uuid(n) for n in range(driver.count)]
+    assert len(set(uuids)) == 3
+    for visible, expected in {"2,0": [2, 0], "1": [1], "1,7,0": [1], "": []}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert [driver.uuid(n) for n in range(driver.count)] == [uuids[n] for n in expected]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    first, second = driver.open(0), driver.open(1)
+    for kind in (KIND_FD, KIND_HANDLE):
+        pool = first.create_pool(MIB, kind)
+        with allocated(second, 16) as address, pytest.raises(CudaError, match="ILLEGAL_ADDRESS"):
+            pool.copy_in(0, address, 16)
+    fd = first.create_pool(MIB, KIND_FD).export_fd()
+    with pytest.raises(CudaError, match="cuMemSetAccess"):
+        second.import_fd(fd, 2 * MIB)
+    os.close(fd)
 
 
 def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:

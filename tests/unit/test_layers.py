@@ -49,7 +49,7 @@ LAZY_UP = {
 # which uses the client. transformers: in the helper for folders with code of their own.
 HEAVY = {
     "torch": {
-        *(f"areal_fast/client/{name}.py" for name in ("tensors", "shards", "references")),
+        *(f"areal_fast/client/{name}.py" for name in ("tensors", "shards", "references", "gpu")),
         "areal_fast/demo/tensors.py",
         "areal_fast/integrations/rtensor.py",
         "areal_fast/shards/gpu_torch.py",
