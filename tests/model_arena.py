@@ -463,6 +463,9 @@ class ModelArena:
         return 0
 
     # -- shards ----------------------------------------------------------------------------------------
+    def prefault(self, nbytes: int) -> int:
+        return 0
+
     def outside_take(self, nbytes: int) -> None:
         w, rounded = self.world, -(-nbytes // GRANULE) * GRANULE
         if nbytes > w.max_bytes or w.used + w.outside + rounded > w.max_bytes - w.max_bytes // 16:

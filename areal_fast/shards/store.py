@@ -23,7 +23,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -84,6 +84,16 @@ class FileMeta(msgspec.Struct, array_like=True, tag_field="form", tag="file"):
     inode: int
 
 
+class Reserved(NamedTuple):
+    """A shard that nobody can see yet. view: its `nbytes` bytes, writable."""
+
+    shard_id: str
+    name: bytes
+    slot: int
+    nbytes: int
+    view: memoryview
+
+
 Meta = TensorMeta | BundleMeta | RoutedMeta | FileMeta | GpuMeta | GpuHold
 
 Elsewhere = Mapping[str, Part]
@@ -123,6 +133,29 @@ class ShardStore:
             self._arena.shard_put(name, _tensor_meta(what), (data,))
         self._replaced(shard_id, replaced, what.nbytes)
 
+    def check_room(self, nbytes: int) -> None:
+        """ArenaFull or IndexBusy (again in a moment) if a shard of so many bytes cannot be stored now."""
+        with self._patience():
+            if not self.has_room_for(nbytes):
+                raise ArenaFull
+
+    def reserve(self, shard_id: str, what: Description) -> Reserved:
+        """Room for a shard, to be filled, its view released, and then published or abandoned; this process's,
+        with which it dies. ShardRejected, ArenaFull, IndexBusy."""
+        name = checked_name(shard_id)
+        with self._patience():
+            slot, view = self._arena.shard_reserve(name, _tensor_meta(what), what.nbytes)
+        return Reserved(shard_id, name, slot, what.nbytes, view)
+
+    def publish(self, room: Reserved) -> None:
+        """Let it take the place of any other shard of its id. IndexBusy: nothing has changed."""
+        replaced = self._sizes(room.name)
+        self._arena.shard_publish(room.slot)
+        self._replaced(room.shard_id, replaced, room.nbytes)
+
+    def abandon(self, room: Reserved) -> None:
+        self._arena.shard_abandon(room.slot)
+
     def put_file(self, shard_id: str, name: bytes, meta: FileMeta) -> int:
         """Publish a shard whose file the supervisor holds; its slot. ArenaFull, IndexBusy."""
         replaced = self._sizes(name)
@@ -154,7 +187,7 @@ class ShardStore:
         return slot
 
     def has_room_for(self, nbytes: int) -> bool:
-        """Whether a file of so many bytes would fit the budget now."""
+        """Whether a file or a shard of so many bytes would fit the budget now."""
         stats = self._arena.stats()
         free = stats["granules"] - stats.get("granules_keep", 0)
         free -= stats["granules_used"] + stats["granules_outside"]
