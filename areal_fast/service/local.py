@@ -152,34 +152,41 @@ class LocalServer:
         task.add_done_callback(self._clients.discard)
 
     async def _serve(self, sock: socket.socket) -> None:
-        known = not self._key
+        known: bool | None = not self._key
         with sock:
-            while True:
+            while known is not None:
                 await _ready(sock, reading=True)
-                try:
-                    packet, fds, flags, _ = socket.recv_fds(sock, MAX_MESSAGE_BYTES, 1)
-                except (BlockingIOError, InterruptedError):
-                    continue
-                except OSError:
-                    return
-                file = SealedFile(fds[0] if fds else -1, 0)
-                if not packet:
-                    return
-                try:
-                    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                        raise Refusal(400, "The message is too long, or brings more than one descriptor")
-                    request = _read(packet)
-                    if not known:
-                        known = self._knows(request)
-                    reply, out = await self._answer(request, file)
-                except Exception as error:
-                    reply, out = self._no(error), []
-                finally:
-                    file.close()
-                try:
-                    await _send(sock, encode(reply), out)
-                except (OSError, TimeoutError):
-                    return
+                known = await self._serve_one(sock, known)
+
+    async def _serve_one(self, sock: socket.socket, known: bool) -> bool | None:
+        """One request; whether the client is known now, or None: it is gone. When this returns, the worker
+        has none of the request's files any more, however long the client says nothing."""
+        try:
+            packet, fds, flags, _ = socket.recv_fds(sock, MAX_MESSAGE_BYTES, 1)
+        except (BlockingIOError, InterruptedError):
+            return known
+        except OSError:
+            return None
+        file = SealedFile(fds[0] if fds else -1, 0)
+        if not packet:
+            return None
+        out: list[SealedFile] = []
+        try:
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise Refusal(400, "The message is too long, or brings more than one descriptor")
+            request = _read(packet)
+            if not known:
+                known = self._knows(request)
+            reply, out = await self._answer(request, file)
+        except Exception as error:
+            reply = self._no(error)
+        finally:
+            file.close()
+        try:
+            await _send(sock, encode(reply), out)
+        except (OSError, TimeoutError):
+            return None
+        return known
 
     def _knows(self, request: dict[str, Any]) -> bool:
         key = request.get("key")
