@@ -91,6 +91,11 @@ uint64_t af_now_ns(void); /* CLOCK_MONOTONIC_COARSE; any thread */
  * code. For the cleaner or the supervisor; takes about 0.3 ms a MiB. */
 int64_t af_prefault(af_arena *a, uint64_t bytes);
 
+/* Count memory beside the arena (files that are shards) against its budget, or give it back. AF_ENOSPC: there is not so
+ * much left besides the keep reserve; nothing is counted then. For one process, which gives back what it took. */
+int af_outside_take(af_arena *a, uint64_t bytes);
+void af_outside_give(af_arena *a, uint64_t bytes);
+
 /* ---------------------------------------------------------------------------------------------- processes ---- */
 
 /* Claim the handle's own process number for `pid` and return its incarnation (1, 2, ...). AF_EBUSY if the number is
@@ -324,6 +329,9 @@ int64_t af_shard_reserve(af_arena *a, const char *id, uint32_t id_len, const voi
                          uint64_t size, uint32_t bits, uint32_t options, void **view);
 int af_shard_publish(af_arena *a, uint32_t slot); /* AF_EBUSY: again. AF_EGONE: not ours */
 int af_shard_abandon(af_arena *a, uint32_t slot);
+/* Publish it in the place of the shard in slot `old`, which the caller pins, and as old as that. AF_EGONE: that is not
+ * the shard of this id any more; abandon. AF_EBUSY: again. */
+int af_shard_succeed(af_arena *a, uint32_t slot, uint32_t old);
 
 int64_t af_pin_shard(af_arena *a, const char *id, uint32_t len); /* slot, pinned, or AF_ENOENT */
 /* Where its bytes lie; valid while pinned. meta and data are read-only by agreement. Any thread. */
@@ -341,7 +349,7 @@ int64_t af_expired_shards(af_arena *a, uint64_t created_before_ns, uint32_t curs
 /* --------------------------------------------------------------------------------------------- observation ---- */
 
 typedef struct {
-    uint64_t granule_bytes, granules, granules_used, granules_ready, granules_keep;
+    uint64_t granule_bytes, granules, granules_used, granules_ready, granules_keep, granules_outside;
     uint64_t bytes_max, bytes_mapped;
     uint64_t session_slots, session_slots_ready, shard_slots, shard_slots_ready;
     uint64_t sessions_active, sessions_closing, sessions_detached, sessions_dumped, sessions_init;

@@ -37,9 +37,25 @@ uint64_t af_granules_used(const af_arena *a) {
 }
 /* Count n more; the sum after it. */
 static uint64_t use(af_arena *a, uint64_t n) {
-    return (uint32_t)(atomic_fetch_add_explicit(&a->h->granules_used, USED_VERSION_ONE + n, memory_order_acq_rel) +
+    return (uint32_t)(atomic_fetch_add_explicit(&a->h->granules_used, USED_VERSION_ONE + n, memory_order_seq_cst) +
                       n);
 }
+/* order: whoever takes adds first, here or in `use`, and then looks at the other's sum, all seq_cst: of two at once at
+ *        least one sees both, so the two together never pass the limit.
+ * crash: one writer, whose death ends everything; what it had counted and not yet kept is not there any more. */
+int af_outside_take(af_arena *a, uint64_t bytes) {
+    if (bytes > a->g->max_bytes) return AF_ENOSPC;
+    uint64_t n = af_granules_for(bytes), limit = a->g->granules - a->g->keep;
+    uint64_t sum = atomic_fetch_add_explicit(&a->h->outside, n, memory_order_seq_cst) + n;
+    sum += (uint32_t)atomic_load_explicit(&a->h->granules_used, memory_order_seq_cst);
+    if (sum <= limit) return AF_OK;
+    atomic_fetch_sub_explicit(&a->h->outside, n, memory_order_seq_cst);
+    return AF_ENOSPC;
+}
+void af_outside_give(af_arena *a, uint64_t bytes) {
+    atomic_fetch_sub_explicit(&a->h->outside, af_granules_for(bytes), memory_order_seq_cst);
+}
+static uint64_t outside(const af_arena *a) { return atomic_load_explicit(&a->h->outside, memory_order_seq_cst); }
 void af_granules_unuse(af_arena *a, uint64_t n) {
     atomic_fetch_add_explicit(&a->h->granules_used, USED_VERSION_ONE - n, memory_order_acq_rel);
 }
@@ -309,7 +325,7 @@ int64_t af_run_take(af_arena *a, uint64_t n, uint32_t tag, uint32_t options) {
     uint64_t limit = critical ? a->g->granules : a->g->granules - a->g->keep;
     if (n == 0 || n > limit) return AF_ENOSPC;
     allocating(a, true);
-    int64_t g = use(a, n) > limit ? AF_ENOSPC : AF_OK;
+    int64_t g = use(a, n) + outside(a) > limit ? AF_ENOSPC : AF_OK;
     uint64_t leave = a->g->keep < STOCK ? a->g->keep : STOCK;
     while (g == AF_OK && !critical && stock(a) < leave) {
         if (atomic_load_explicit(&a->h->granules_ready, memory_order_relaxed) >= a->g->granules) break;

@@ -195,6 +195,7 @@ typedef struct {
     uint64_t seed[3]; /* of the hashes: nobody outside can make names collide. Written once */
     _Alignas(AF_LINE) af_word
         granules_used; /* version:32 | granules:32; may stay too high after a death, see recount */
+    af_word outside;   /* granules' worth of memory beside the arena that counts with it; the supervisor's */
     _Alignas(AF_LINE) af_word granules_ready;      /* hint: backed */
     _Alignas(AF_LINE) af_word shard_bytes;         /* hint: granule bytes of ACTIVE shards */
     _Alignas(AF_LINE) af_word slots_ready[2];      /* a kind: slots below are backed. Only grows (atomic max) */

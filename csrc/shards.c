@@ -101,7 +101,8 @@ static void replace_locked(af_arena *a, af_word *entry, uint32_t old, uint32_t s
     AF_CP(shard_intent_cleared);
 }
 
-int af_shard_publish(af_arena *a, uint32_t s) {
+/* `only`: the slot that must be in the way, AF_NONE for any or none. */
+static int publish(af_arena *a, uint32_t s, uint64_t only) {
     if (!is_shard(a, s)) return AF_EINVAL;
     if (!is_my_init(a, s)) return AF_EGONE;
     if (af_index_lock(a, AF_IMPATIENT)) return AF_EBUSY;
@@ -110,7 +111,10 @@ int af_shard_publish(af_arena *a, uint32_t s) {
     af_slot_names(a, &a->slots[s], &id, &key);
     af_word *entry = af_index_find_locked(a, AF_SPACE_SHARD, id, id_len, AF_NONE, &old);
     int r = AF_OK;
-    if (entry) {
+    if (only != AF_NONE && (!entry || old != only)) {
+        r = AF_EGONE;
+        entry = NULL;
+    } else if (entry) {
         replace_locked(a, entry, old, s);
     } else {
         r = af_index_insert_locked(a, AF_SPACE_SHARD, id, id_len, s);
@@ -119,6 +123,16 @@ int af_shard_publish(af_arena *a, uint32_t s) {
     af_index_unlock(a);
     if (entry) af_slot_reap_closing(a, old); /* unless readers hold it */
     return r;
+}
+
+int af_shard_publish(af_arena *a, uint32_t s) { return publish(a, s, AF_NONE); }
+
+int af_shard_succeed(af_arena *a, uint32_t s, uint32_t old) {
+    if (!is_shard(a, s) || !is_shard(a, old)) return AF_EINVAL;
+    if (!is_my_init(a, s)) return AF_EGONE;
+    uint64_t created_ns = atomic_load_explicit(&a->slots[old].created_ns, memory_order_relaxed);
+    atomic_store_explicit(&a->slots[s].created_ns, created_ns, memory_order_relaxed);
+    return publish(a, s, old);
 }
 
 int af_shard_abandon(af_arena *a, uint32_t s) {

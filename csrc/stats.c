@@ -38,6 +38,7 @@ void af_stats(af_arena *a, af_stats_result *out) {
     out->granules_used = af_granules_used(a);
     out->granules_ready = load(&a->h->granules_ready);
     out->granules_keep = a->g->keep;
+    out->granules_outside = atomic_load_explicit(&a->h->outside, memory_order_relaxed);
     out->bytes_max = a->g->max_bytes;
     out->bytes_mapped = a->g->total_bytes;
     out->session_slots = a->g->session_slots;

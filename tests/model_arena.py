@@ -463,6 +463,18 @@ class ModelArena:
         return 0
 
     # -- shards ----------------------------------------------------------------------------------------
+    def prefault(self, nbytes: int) -> int:
+        return 0
+
+    def outside_take(self, nbytes: int) -> None:
+        w, rounded = self.world, -(-nbytes // GRANULE) * GRANULE
+        if nbytes > w.max_bytes or w.used + w.outside + rounded > w.max_bytes - w.max_bytes // 16:
+            raise ArenaFull
+        w.outside += rounded
+
+    def outside_give(self, nbytes: int) -> None:
+        self.world.outside -= -(-nbytes // GRANULE) * GRANULE
+
     def shard_put(
         self,
         shard_id: bytes,
@@ -501,6 +513,13 @@ class ModelArena:
         w.move(s, STATE_ACTIVE)
         if old >= 0:
             w.close_slot(old)
+
+    def shard_succeed(self, slot: int, old: int) -> None:
+        w, s = self.world, self._owned(slot, STATE_INIT)
+        if w.shard_ids.get(s.id, -1) != old:
+            raise Gone
+        s.created_ns = self._slot(old).created_ns
+        self.shard_publish(slot)
 
     def shard_abandon(self, slot: int) -> None:
         self._owned(slot, STATE_INIT)
@@ -565,6 +584,8 @@ class ModelArena:
             "granules": w.max_bytes // GRANULE,
             "granules_used": -(-w.used // GRANULE),
             "granules_ready": w.max_bytes // GRANULE,
+            "granules_keep": (w.max_bytes // GRANULE) // 16,
+            "granules_outside": w.outside // GRANULE,
             "sessions_active": n(SESSION, STATE_ACTIVE),
             "sessions_closing": n(SESSION, STATE_CLOSING),
             "sessions_detached": n(SESSION, STATE_DETACHED) + n(SESSION, STATE_DUMPED),

@@ -109,6 +109,7 @@ class World:
         self.txns: dict[int, Txn] = {}
         self.reservations: dict[int, tuple[int, int, int]] = {}  # handle -> (owner, slot, bytes)
         self.used = 0
+        self.outside = 0
         self.serial = itertools.count(1)
         self.clock: Callable[[], int] = time.monotonic_ns
 
@@ -119,7 +120,7 @@ class World:
 
     def take(self, cost: int, critical: bool) -> None:
         limit = self.max_bytes if critical else self.max_bytes - self.max_bytes // 16
-        if self.used + cost > limit:
+        if self.used + self.outside + cost > limit:
             raise ArenaFull
         self.used += cost
 

@@ -62,6 +62,8 @@ cdef extern from "arealfast.h" nogil:
     uint32_t af_shard_slots(const af_arena *a)
     uint64_t af_now_ns()
     int64_t af_prefault(af_arena *a, uint64_t nbytes)
+    int af_outside_take(af_arena *a, uint64_t nbytes)
+    void af_outside_give(af_arena *a, uint64_t nbytes)
 
     int64_t af_proc_enter(af_arena *a, int64_t pid)
     void af_proc_leave(af_arena *a)
@@ -184,6 +186,7 @@ cdef extern from "arealfast.h" nogil:
                              uint64_t size, uint32_t bits, uint32_t options, void **view)
     int af_shard_publish(af_arena *a, uint32_t slot)
     int af_shard_abandon(af_arena *a, uint32_t slot)
+    int af_shard_succeed(af_arena *a, uint32_t slot, uint32_t old)
     int64_t af_pin_shard(af_arena *a, const char *id, uint32_t len)
     int af_shard_get(af_arena *a, uint32_t slot, const void **meta, uint32_t *meta_len, const void **data,
                      uint64_t *data_len, uint32_t *bits)
@@ -199,6 +202,7 @@ cdef extern from "arealfast.h" nogil:
         uint64_t granules_used
         uint64_t granules_ready
         uint64_t granules_keep
+        uint64_t granules_outside
         uint64_t bytes_max
         uint64_t bytes_mapped
         uint64_t session_slots

@@ -521,6 +521,12 @@ cdef class Arena:
             fail(rc, "prefault")
         return rc
 
+    def outside_take(self, uint64_t nbytes):
+        check(af_outside_take(self.ready(), nbytes), "outside_take")
+
+    def outside_give(self, uint64_t nbytes):
+        af_outside_give(self.ready(), nbytes)
+
     # -- shards ----------------------------------------------------------------------------------------
     def shard_put(self, bytes shard_id not None, meta not None, data, *, uint32_t bits=0, bint critical=False):
         cdef Spans m, d
@@ -570,6 +576,12 @@ cdef class Arena:
         if slot in self.filling:
             raise BadArgument("release the view of the shard before publishing it")
         check(af_shard_publish(a, slot), "shard_publish")
+
+    def shard_succeed(self, uint32_t slot, uint32_t old):
+        cdef af_arena *a = self.ready()
+        if slot in self.filling:
+            raise BadArgument("release the view of the shard before publishing it")
+        check(af_shard_succeed(a, slot, old), "shard_succeed")
 
     def shard_abandon(self, uint32_t slot):
         cdef af_arena *a = self.ready()

@@ -18,6 +18,8 @@ Ends. After the last reply the sending side is shut and input thrown away until 
 bounded while: closing at once would make the kernel send a reset that can overtake the answer. A client's EOF
 ends the connection only once every request that is complete has been answered (half close).
 
+A body may have a sink (intake.py), which takes it as it arrives; reading pauses while that waits.
+
 Bodies count against the server's budget from their arrival until their request is answered; the piece that
 goes beyond it ends its own request with 503, others go on.
 
@@ -38,6 +40,7 @@ from areal_fast.http.exchange import Buffer, Exchange
 from areal_fast.http.fill import WORTH_FILLING, Fill
 from areal_fast.http.head import ProtocolError, RequestHead
 from areal_fast.http.headers import JSON, error_body
+from areal_fast.http.intake import Intake, Sink
 from areal_fast.http.parser import END, RequestParser
 
 if TYPE_CHECKING:
@@ -62,12 +65,15 @@ class Connection(asyncio.Protocol):
         "_held",
         "_in_head",
         "_input_ended",
+        "_intake",
         "_lingered",
         "_paused_reading",
         "_pumping",
         "_sending",
         "_server",
+        "_sink",
         "_state",
+        "_streamed",
         "_transport",
         "_unsent",
         "_wheel",
@@ -90,6 +96,7 @@ class Connection(asyncio.Protocol):
             limits.max_header_bytes,
             limits.max_request_line_bytes,
             limits.max_headers,
+            server.streamed,
         )
         self._server = server
         self._wheel = server.wheel
@@ -101,6 +108,9 @@ class Connection(asyncio.Protocol):
         self._body_since = 0  # tick at which the body was first waited for; 0: it was not
         self._fill: Fill | None = None  # what reads the body, if that is large
         self._held = 0  # bytes of it that have come
+        self._sink: Sink | None = None  # who takes it instead
+        self._intake: Intake | None = None  # what reads it, then
+        self._streamed = 0  # bytes of it that the sink got
         self._exchange: Exchange | None = None  # being answered
         self._sending: Exchange | None = None  # answered; its on_sent waits for the last byte
         self._pumping = False
@@ -221,11 +231,13 @@ class Connection(asyncio.Protocol):
                     self._head = head = cast(RequestHead, event)
                     self._in_head = False
                     self._body_since = 0
-                    if head.body_size > self._server.limits.small_body_bytes and not self._server.room_for(
-                        head.body_size
-                    ):
-                        self._refuse_for_now()
-                        break
+                    if head.body_size > self._server.limits.small_body_bytes:
+                        self._streamed = 0
+                        if self._server.sinks is not None:
+                            self._sink = self._server.sinks(head)
+                        if self._sink is None and not self._server.room_for(head.body_size):
+                            self._refuse_for_now()
+                            break
                     if head.expects_continue and head.body_size and not parser.buffered:
                         self.send(_CONTINUE)
         except ProtocolError as error:
@@ -244,6 +256,10 @@ class Connection(asyncio.Protocol):
         return True
 
     def _gather(self, piece: bytes) -> None:
+        if self._sink is not None:
+            self._streamed += len(piece)
+            self._sink.feed(piece)
+            return
         if not self._count(len(piece)):
             return
         body = self._body
@@ -270,8 +286,48 @@ class Connection(asyncio.Protocol):
             self.parser.skip_body()
             self._pump()
 
+    def taken(self, nbytes: int) -> None:
+        """A piece of a body has gone to its sink (intake.py)."""
+        self._streamed += nbytes
+        self._await_sink()
+
+    def taken_whole(self, nbytes: int) -> None:
+        """The last piece has."""
+        self._streamed += nbytes
+        self._intake = None
+        if self._state == _OPEN:
+            self.parser.skip_body()
+            self._pump()
+
+    def _await_sink(self) -> None:
+        """More of the body is to go to the sink, once that has room."""
+        sink = self._sink
+        assert sink is not None
+        if sink.waiting:
+            if not self._paused_reading:
+                self._paused_reading = True
+                self.due = 0  # it is not the client who is slow
+                self._transport.pause_reading()
+                sink.when_ready = self._sink_ready
+            return
+        if self._paused_reading:
+            self._paused_reading = False
+            self._transport.resume_reading()
+        self._await_body()
+        left = self.parser.counted_left
+        if self._intake is None and left and self._state == _OPEN and not self._transport.is_closing():
+            self._intake = Intake(self, self._transport, sink, left)
+
+    def _sink_ready(self) -> None:
+        if self._state == _OPEN and self._sink is not None:
+            self._body_since = self._wheel.now
+            self._await_sink()
+
     def _await_input(self) -> None:
         """Everything here is used up. Set the deadline for what comes next."""
+        if self._sink is not None and not self._input_ended:
+            self._await_sink()
+            return
         if self._paused_reading:
             self._paused_reading = False
             self._transport.resume_reading()
@@ -300,7 +356,11 @@ class Connection(asyncio.Protocol):
         wheel, ticks = self._wheel, self._server.ticks
         if not self._body_since:
             self._body_since = wheel.now
-        left = self._body_since + ticks.body + int(self._held * self._server.ticks_a_byte) - wheel.now
+        if self._sink is None:
+            earned = self._held * self._server.ticks_a_byte
+        else:
+            earned = self._streamed * self._server.ticks_a_streamed_byte
+        left = self._body_since + ticks.body + int(earned) - wheel.now
         if left > 0:
             wheel.set(self, min(ticks.body, left))
         else:
@@ -314,6 +374,7 @@ class Connection(asyncio.Protocol):
         self._head = None
         self._body = b""
         exchange.held, self._held = self._held, 0
+        exchange.sink, self._sink = self._sink, None
         server = self._server
         try:
             pending = server.handler(exchange)
@@ -466,11 +527,20 @@ class Connection(asyncio.Protocol):
         fill, self._fill = self._fill, None
         if fill is not None and self._state != _LOST:
             fill.abandon()
+        intake, self._intake = self._intake, None
+        if intake is not None and self._state != _LOST:
+            intake.leave()
+        sink, self._sink = self._sink, None
+        if sink is not None:
+            sink.drop()
 
     def _release(self, exchange: Exchange) -> None:
         """The request is answered: its body does not count any more."""
         self._server.body_bytes -= exchange.held
         exchange.held = 0
+        sink, exchange.sink = exchange.sink, None
+        if sink is not None:
+            sink.drop()
 
     def _close(self) -> None:
         """Close as soon as what was written is sent."""

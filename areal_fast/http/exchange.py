@@ -20,6 +20,7 @@ from areal_fast.http.headers import JSON, HeaderPairs, Headers, encode_headers
 if TYPE_CHECKING:
     from areal_fast.http.connection import Connection
     from areal_fast.http.head import RequestHead
+    from areal_fast.http.intake import Sink
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -33,7 +34,7 @@ class Exchange:
     """A request, its reply, and what became of both.
 
     method, path (percent-decoded), query (raw), headers, body, peer (address, port, …), http11;
-    status, of the reply, 0 as long as there is none.
+    status, of the reply, 0 as long as there is none; sink, who took the body (which is empty here), or None.
     """
 
     __slots__ = (
@@ -55,6 +56,7 @@ class Exchange:
         "path",
         "peer",
         "query",
+        "sink",
         "status",
     )
 
@@ -70,6 +72,7 @@ class Exchange:
         self.body = body
         self.held = 0  # bytes of body that the server counts until the reply is complete
         self.peer = peer
+        self.sink: Sink | None = None
         self.status = 0
         self.gone = False
         self.input_ended = False

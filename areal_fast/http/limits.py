@@ -23,6 +23,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     header_timeout_s        from a request's first byte to the end of its head (408).
     body_timeout_s          between two pieces of a body (408), and
     min_body_bytes_s        what must come a second on average, after body_timeout_s (408).
+    min_stream_bytes_s      the same of a body that a sink takes (intake.py): it holds more than its bytes.
     idle_timeout_s          between requests (closed silently).
     write_high_water        bytes of a reply that may wait in this process before `drain` waits.
     max_unsent_bytes        of a streamed reply whose handler does not wait; beyond: cut.
@@ -45,6 +46,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     header_timeout_s: float = 10.0
     body_timeout_s: float = 60.0
     min_body_bytes_s: int = 1024
+    min_stream_bytes_s: int = 131072
     idle_timeout_s: float = 75.0
     write_high_water: int = 262144
     max_unsent_bytes: int = 16 << 20

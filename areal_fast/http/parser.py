@@ -17,6 +17,7 @@ twice.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Final, TypeAlias
 
 from areal_fast.http.head import (
@@ -137,10 +138,10 @@ class _Parser:
         """Refuse what `size` bytes of head already show to be wrong, their size above all."""
         raise NotImplementedError
 
-    def _begin_body(self, size: int) -> None:
+    def _begin_body(self, size: int, limit: int) -> None:
         self._taken = self._extensions = self._trailers = 0
-        if size > self._max_body:
-            raise self._die(self._too_large, "Body too large")
+        if size > limit:
+            raise self._die(self._too_large, f"Body too large: at most {limit} bytes are taken")
         if size >= 0:
             self._left = size
             self._state = _COUNTED if size else _FINISHED
@@ -183,7 +184,7 @@ class _Parser:
         if piece is not None:
             self._taken += len(piece)
             if self._taken > self._max_body:
-                raise self._die(self._too_large, "Body too large")
+                raise self._die(self._too_large, f"Body too large: at most {self._max_body} bytes are taken")
 
     def _chunks(self) -> bytes | None:
         """Decode as many chunks as are here into one piece."""
@@ -247,7 +248,7 @@ class _Parser:
         self._state = _CHUNK if self._left else _TRAILERS
         self._taken += self._left
         if self._taken > self._max_body:
-            raise self._die(self._too_large, "Body too large")
+            raise self._die(self._too_large, f"Body too large: at most {self._max_body} bytes are taken")
 
     def _trailer(self, line: bytes) -> None:
         """Trailers are checked and dropped: nothing here may be said after the body."""
@@ -262,12 +263,19 @@ class _Parser:
 
 
 class RequestParser(_Parser):
-    """Requests, any number after each other."""
+    """Requests, any number after each other. `streamed` says how large a counted body may be that nobody
+    holds in memory (intake.py)."""
 
     def __init__(
-        self, max_body_bytes: int, max_header_bytes: int, max_request_line_bytes: int, max_headers: int
+        self,
+        max_body_bytes: int,
+        max_header_bytes: int,
+        max_request_line_bytes: int,
+        max_headers: int,
+        streamed: Callable[[RequestHead], int] | None = None,
     ) -> None:
         super().__init__(max_body_bytes, max_header_bytes, 413)
+        self._streamed = streamed
         self._max_line = max_request_line_bytes
         self._max_headers = max_headers
         self._blank = 0
@@ -313,7 +321,10 @@ class RequestParser(_Parser):
             raise
         self._blank = 0
         if head.body_size:
-            self._begin_body(head.body_size)
+            limit = self._max_body
+            if head.body_size > limit and self._streamed is not None:
+                limit = max(limit, self._streamed(head))
+            self._begin_body(head.body_size, limit)
         else:
             self._state = _FINISHED
         return head
@@ -368,7 +379,7 @@ class ReplyParser(_Parser):
                 self._die(error.status, error.detail)
                 raise
             if head.status >= 200:
-                self._begin_body(head.body_size)
+                self._begin_body(head.body_size, self._max_body)
                 return head
             self._interim += 1
             if self._interim > 16:

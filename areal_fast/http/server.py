@@ -27,7 +27,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 from areal_fast.http.connection import Connection
 from areal_fast.http.exchange import Exchange
+from areal_fast.http.head import RequestHead
 from areal_fast.http.headers import ReplyHeads
+from areal_fast.http.intake import Sinks
 from areal_fast.http.limits import Limits
 from areal_fast.http.wheel import Wheel
 
@@ -58,13 +60,22 @@ class Server:
     """HTTP/1.1 on one event loop.
 
     `handler` gets every whole request. It answers before it returns None, or returns an awaitable that
-    answers. What it raises is given to `on_error` (where, exception) and answered with 500.
+    answers. What it raises is given to `on_error` (where, exception) and answered with 500. `sinks` and
+    `streamed`: who takes large bodies as they come, and how large these may be (intake.py).
     """
 
     def __init__(
-        self, handler: Handler, limits: Limits | None = None, *, on_error: OnError = log_error
+        self,
+        handler: Handler,
+        limits: Limits | None = None,
+        *,
+        on_error: OnError = log_error,
+        sinks: Sinks | None = None,
+        streamed: Callable[[RequestHead], int] | None = None,
     ) -> None:
         self.handler = handler
+        self.sinks = sinks
+        self.streamed = streamed
         self.limits = limits = limits or Limits()
         self.heads = ReplyHeads()
         shortest = min(
@@ -88,6 +99,7 @@ class Server:
         self.body_bytes = 0  # of all bodies not yet answered; written by connections
         self.max_bodies = max(limits.max_bodies_bytes, limits.max_body_bytes)
         self.ticks_a_byte = 1 / (limits.min_body_bytes_s * wheel.tick_s) if limits.min_body_bytes_s else inf
+        self.ticks_a_streamed_byte = 1 / (limits.min_stream_bytes_s * wheel.tick_s)
         self._on_error = on_error
         self._connections: set[Connection] = set()
         self._parked: set[Connection] = set()  # answered, waiting only for the client to close

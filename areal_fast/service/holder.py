@@ -13,8 +13,13 @@ while.
 
 This process's end closes every descriptor: nothing is left but what readers have mapped.
 
-Invariants: `nbytes`, the arena's word FILE_BYTES, is the sum over the table, one writer; a file is taken only
-if it, the others and the arena's granules in use fit the budget (--arena-max-bytes).
+One budget (--arena-max-bytes) is for the arena and the files together, and the arena's core keeps it: what a
+file takes is counted there (`outside_take`) before it is kept, so sessions, shards and files refuse each
+other alike, with 507, and none of them touches the reserve for rewards, exports and cleanup. A kill leaves no
+wrong sum: this process alone counts, of what its table holds, and its own death ends arena and files at once.
+
+Invariants: `nbytes`, the arena's word FILE_BYTES, is the sum over the table, and what the core counts is the
+same in whole granules. FILES_SEEN is the FILES_CHANGED up to which removed files are not counted any more.
 """
 
 from __future__ import annotations
@@ -22,9 +27,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Final
 
+from areal_fast.core import ArenaFull
 from areal_fast.errors import ShardRejected
 from areal_fast.shards import sealed
-from areal_fast.shards.store import FILE_BYTES, FILES_CHANGED, GRANULE_BYTES, ShardStore
+from areal_fast.shards.store import FILE_BYTES, FILES_CHANGED, FILES_SEEN, ShardStore
 
 if TYPE_CHECKING:
     from areal_fast.core._core import Arena
@@ -47,15 +53,13 @@ class Held:
 
 
 class Holder:
-    """See the top of the file. `max_bytes`: the budget of the arena and the files together."""
+    """See the top of the file."""
 
-    def __init__(self, arena: Arena, max_bytes: int) -> None:
+    def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self._store = ShardStore(arena)
-        self._max_bytes = max_bytes
         self._files: dict[int, Held] = {}
         self._next = 0
-        self._seen = 0
         self.nbytes = 0
 
     def __len__(self) -> int:
@@ -84,12 +88,10 @@ class Holder:
         except ShardRejected as error:
             os.close(fd)
             return {"why": str(error)}
-        used = self._arena.stats()["granules_used"] * GRANULE_BYTES
-        if used + self.nbytes + found.st_size > self._max_bytes:
+        if not self._counted(found.st_size):
             os.close(fd)
             return {"why": "full"}
         self._files[fd] = Held(found.st_ino, found.st_size, process)
-        self._count(found.st_size)
         return {"fd": fd, "inode": found.st_ino, "nbytes": found.st_size}
 
     def died(self, process: Process) -> None:
@@ -109,11 +111,10 @@ class Holder:
         """One tick: close what no record names any more."""
         changed = self._arena.word(FILES_CHANGED)
         fds = sorted(self._files)
-        if changed == self._seen:
+        if changed == self._arena.word(FILES_SEEN):
             start = self._next if self._next < len(fds) else 0
             self._next = start + IDLE_PAGE
             fds = fds[start : self._next]
-        self._seen = changed
         for fd in fds:
             held = self._files[fd]
             if held.slot < 0:
@@ -121,14 +122,26 @@ class Holder:
             meta = self._store.file_at(held.slot)
             if meta is None or (meta.fd, meta.inode) != (fd, held.inode):
                 self._close(fd)
+        self._arena.set_word(FILES_SEEN, changed)
+
+    def _counted(self, nbytes: int) -> bool:
+        """Whether there is room for so many bytes more; they are counted then."""
+        try:
+            self._arena.outside_take(nbytes)
+        except ArenaFull:
+            if self._arena.word(FILES_CHANGED) == self._arena.word(FILES_SEEN):
+                return False
+            self.reconcile()
+            return self._counted(nbytes)
+        self.nbytes += nbytes
+        self._arena.set_word(FILE_BYTES, self.nbytes)
+        return True
 
     def _close(self, fd: int) -> None:
         held = self._files.pop(fd)
         os.close(fd)
-        self._count(-held.nbytes)
-
-    def _count(self, nbytes: int) -> None:
-        self.nbytes += nbytes
+        self._arena.outside_give(held.nbytes)
+        self.nbytes -= held.nbytes
         self._arena.set_word(FILE_BYTES, self.nbytes)
 
     def close(self) -> None:

@@ -4,9 +4,13 @@ The listener is the supervisor's, shared by all workers like the TCP one. Only p
 root) are served; with --data-auth the first message must bring the admin key.
 
 A put: the file is checked, handed to the supervisor (service/holder.py), and published in the arena once that
-has it; then the reply goes. A small one is copied into the arena instead, where it costs no descriptor.
-A map: a shard that is a file goes out as that file; all others of the request are copied into one sealed file
-of their own, which belongs to the reader alone.
+has it; then the reply goes. A small one is copied into the arena instead, where it costs no descriptor. A
+map: a shard that is a file goes out as that file. A large one in the arena becomes a file first, once: the
+copy takes its place, in the budget too, and the arena's memory comes back, so the next reader finds a file
+(put by HTTP, 16 MiB: 9 ms the first map, 60 µs from then on). All others of the request, small ones and the
+parts of exports, which are made when they are asked for and mostly once, are copied into one sealed file of
+their own. It belongs to the reader alone and is not in the budget, being what the reader would otherwise copy
+out of a reply; here it exists while it is packed and sent: MAX_PACK_BYTES, one at a time a worker.
 
 Bounds: one request at a time a connection, one message a request, MAX_CLIENTS connections; a client that
 takes no reply for REPLY_S is cut. A message that is none is answered with 400 and changes nothing.
@@ -19,13 +23,14 @@ import hmac
 import os
 import socket
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from areal_fast.core import ArenaFull, IndexBusy
 from areal_fast.errors import KeeperAway, ShardRejected, ShardsNotFound
 from areal_fast.service.answers import ARENA_FULL, BUSY, when_free
 from areal_fast.shards import raw, sealed
-from areal_fast.shards.description import describe
+from areal_fast.shards.description import Description, describe
 from areal_fast.shards.local import MAX_FILES, MAX_IDS, MAX_MESSAGE_BYTES, decode, encode
 from areal_fast.shards.sealed import MAPPED_FROM_BYTES, SealedFile
 from areal_fast.shards.store import FileMeta, checked_name
@@ -42,6 +47,8 @@ HELD_S: Final = 15.0
 ALIGNMENT: Final = 64
 PACKED_AT_ONCE: Final = 4 << 20
 """Bytes copied on the loop; more are copied beside it."""
+MAX_PACK_BYTES: Final = 256 << 20
+TOO_MUCH: Final = "These shards are too large to be mapped in one request: ask for fewer, or over HTTP"
 
 
 class Refusal(Exception):
@@ -110,6 +117,7 @@ class LocalServer:
         self._log = me.log
         self.hold = Hold(me)
         self._clients: set[asyncio.Task[None]] = set()
+        self._packing = asyncio.Lock()
         listener.setblocking(False)
 
     def info(self) -> dict[str, Any]:
@@ -144,34 +152,41 @@ class LocalServer:
         task.add_done_callback(self._clients.discard)
 
     async def _serve(self, sock: socket.socket) -> None:
-        known = not self._key
+        known: bool | None = not self._key
         with sock:
-            while True:
+            while known is not None:
                 await _ready(sock, reading=True)
-                try:
-                    packet, fds, flags, _ = socket.recv_fds(sock, MAX_MESSAGE_BYTES, 1)
-                except (BlockingIOError, InterruptedError):
-                    continue
-                except OSError:
-                    return
-                file = SealedFile(fds[0] if fds else -1, 0)
-                if not packet:
-                    return
-                try:
-                    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                        raise Refusal(400, "The message is too long, or brings more than one descriptor")
-                    request = _read(packet)
-                    if not known:
-                        known = self._knows(request)
-                    reply, out = await self._answer(request, file)
-                except Exception as error:
-                    reply, out = self._no(error), []
-                finally:
-                    file.close()
-                try:
-                    await _send(sock, encode(reply), out)
-                except (OSError, TimeoutError):
-                    return
+                known = await self._serve_one(sock, known)
+
+    async def _serve_one(self, sock: socket.socket, known: bool) -> bool | None:
+        """One request; whether the client is known now, or None: it is gone. When this returns, the worker
+        has none of the request's files any more, however long the client says nothing."""
+        try:
+            packet, fds, flags, _ = socket.recv_fds(sock, MAX_MESSAGE_BYTES, 1)
+        except (BlockingIOError, InterruptedError):
+            return known
+        except OSError:
+            return None
+        file = SealedFile(fds[0] if fds else -1, 0)
+        if not packet:
+            return None
+        out: list[SealedFile] = []
+        try:
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise Refusal(400, "The message is too long, or brings more than one descriptor")
+            request = _read(packet)
+            if not known:
+                known = self._knows(request)
+            reply, out = await self._answer(request, file)
+        except Exception as error:
+            reply = self._no(error)
+        finally:
+            file.close()
+        try:
+            await _send(sock, encode(reply), out)
+        except (OSError, TimeoutError):
+            return None
+        return known
 
     def _knows(self, request: dict[str, Any]) -> bool:
         key = request.get("key")
@@ -229,46 +244,78 @@ class LocalServer:
             data = os.pread(file.fd, size, 0)
             await when_free(lambda: self._shards.put(shard_id, what, data))
             return
+        await self._publish(file, what, lambda meta: self._shards.put_file(shard_id, name, meta))
+
+    async def _publish(
+        self, file: SealedFile, what: Description, publish: Callable[[FileMeta], int | None]
+    ) -> None:
+        """Have the supervisor hold the file, then `publish` its record: the slot, or None for no."""
         held = await self.hold.take(file.fd)
-        meta = FileMeta(what.dtype, list(what.shape), what.form, size, held["fd"], held["inode"])
+        meta = FileMeta(what.dtype, list(what.shape), what.form, what.nbytes, held["fd"], held["inode"])
+        slot = None
         try:
-            slot = await when_free(lambda: self._shards.put_file(shard_id, name, meta))
-        except BaseException:
-            self.hold.tell({"is": "dropped", "fd": held["fd"]})
-            raise
-        self.hold.tell({"is": "placed", "fd": held["fd"], "slot": slot})
+            slot = await when_free(lambda: publish(meta))
+        finally:
+            if slot is None:
+                self.hold.tell({"is": "dropped", "fd": held["fd"]})
+            else:
+                self.hold.tell({"is": "placed", "fd": held["fd"], "slot": slot})
 
     # -- out -------------------------------------------------------------------------------------------
     async def _map(self, ids: list[str], gpus: list[str]) -> tuple[dict[str, Any], list[SealedFile]]:
         placed = self._gpu.placed(ids, gpus) if gpus else {}
         here = [shard_id for shard_id in ids if shard_id not in placed] if placed else ids
         fetched = await self._gpu.fetch(here) if self._gpu.has(here) else None
-        parts = iter(self._shards.find(here, fetched))
+        parts = self._shards.find(here, fetched)
         files: list[SealedFile] = []
         packed: list[tuple[int, Part]] = []
         shards: list[list[Any]] = []
-        at = 0
+        made: dict[int, SealedFile] = {}
+        at = i = 0
         for shard_id in ids:
             if shard_id in placed:
                 shards.append(list(placed[shard_id]))
                 continue
-            part = next(parts)
+            part = parts[i]
             row: list[Any] = [part.dtype, part.shape, part.form, part.nbytes, 0, 0]
-            if isinstance(part.data, SealedFile):
-                files.append(part.data)
+            file = part.data
+            if part.slot >= 0 and part.nbytes >= MAPPED_FROM_BYTES:
+                file = made.get(part.slot) or await self._made_a_file(shard_id, part)
+                made[part.slot] = file
+                parts[i] = part = part._replace(data=file, slot=-1)
+            if isinstance(file, SealedFile):
+                files.append(file)
                 row[4] = len(files)
             else:
                 packed.append((at, part))
                 row[5] = at
                 at += -(-part.nbytes // ALIGNMENT) * ALIGNMENT
             shards.append(row)
-        pieces = ((start, part.content()) for start, part in packed)
-        if at <= PACKED_AT_ONCE:
-            pack = sealed.pack(pieces, at)
-        else:
-            pack = await asyncio.to_thread(sealed.pack, pieces, at)
-        files.insert(0, pack)
+            i += 1
+        files.insert(0, await self._packed([(start, part.content) for start, part in packed], at))
         return {"ok": True, "shards": shards, "files": [file.nbytes for file in files]}, files
+
+    async def _made_a_file(self, shard_id: str, part: Part) -> SealedFile:
+        """A large shard in the arena turned into a file, which stays if the shard is still the one of its id.
+
+        A kill before the record is published leaves the shard as it was, and the file to the supervisor to
+        close; one after it, the file (holder.py). Two readers at once make two; the second is its alone."""
+        name = checked_name(shard_id)
+        if not self._shards.has_room_for(part.nbytes):
+            raise Refusal(507, ARENA_FULL)  # before anything is copied; over HTTP it goes out in pieces
+        file = await self._packed([(0, part.content)], part.nbytes)
+        await self._publish(file, part.what, lambda meta: self._shards.turn_into_file(name, part.slot, meta))
+        return file
+
+    async def _packed(self, pieces: list[tuple[int, Callable[[], memoryview]]], nbytes: int) -> SealedFile:
+        """One sealed file of pieces (offset, what makes its bytes)."""
+        made = ((start, content()) for start, content in pieces)
+        if nbytes <= PACKED_AT_ONCE:
+            return sealed.pack(made, nbytes)
+        if len(pieces) > 1 and nbytes > MAX_PACK_BYTES:
+            raise Refusal(413, TOO_MUCH)
+        async with self._packing:
+            return await asyncio.to_thread(sealed.pack, made, nbytes)
 
 
 def _read(packet: bytes) -> dict[str, Any]:

@@ -21,12 +21,15 @@ from areal_fast.errors import ExportBusy, ShardRejected, ShardsNotFound
 from areal_fast.protocol import messages
 from areal_fast.service import auth
 from areal_fast.service.answers import answer_error, refuse, refuse_data, respond_json, when_free
+from areal_fast.service.auth import Forbidden, Unauthorized
+from areal_fast.service.intake import MAX_RAW_HEADER_BYTES, WORTH_STREAMING, RawIntake
 from areal_fast.service.meters import EXPORTS_DELIVERED, EXPORTS_UNDELIVERED, SESSIONS_STARTED
 from areal_fast.shards import raw
 from areal_fast.shards.store import checked_name
 
 if TYPE_CHECKING:
     from areal_fast.http import Exchange
+    from areal_fast.http.head import RequestHead
     from areal_fast.service.chat import Chats
     from areal_fast.service.control import Control
     from areal_fast.service.gpu import GpuShards
@@ -43,8 +46,6 @@ SENT_AT_ONCE = 1 << 21
 SENT_A_TURN = 1 << 20
 JSON_TYPE = b"application/json"
 RAW = raw.MEDIA_TYPE.encode()
-MAX_RAW_HEADER_BYTES = 2 << 20
-"""Of a file that is put: its header (some 20,000 tensors) is read in one go, and the loop waits for it."""
 LET_GO_S = 1.0
 """How long an export that removes a session waits for another worker, which has answered its request, to let
 go of the session. One still held after that has a turn in flight, and stays."""
@@ -244,8 +245,8 @@ class Routes:
     # -- shards ----------------------------------------------------------------------------------------
     def put_shard(self, exchange: Exchange) -> Awaitable[None] | None:
         """JSON of one tensor; or a safetensors file of one, whatever its name there, and under /data/batch of
-        any number, each stored under its name. Nothing of a file with a fault in it is stored; of one that
-        the arena has no room for (507), what came before."""
+        any number, each stored under its name. Nothing of a file with a fault in it is stored; nor, if it was
+        taken as it arrived (`sink`), of one that the arena has no room for (507)."""
         shard_id = exchange.path[6:]
         if media_type(exchange.headers.get(b"content-type")) == RAW:
             return self._put_raw(exchange, shard_id)
@@ -260,7 +261,32 @@ class Routes:
 
         return self._at_once_or_later(attempt)
 
+    def sink(self, head: RequestHead) -> RawIntake | None:
+        """Who takes the body of a request as it arrives, or None: a raw shard that is allowed to come. What
+        is not gets its answer from the handler, as ever."""
+        if head.body_size < WORTH_STREAMING or not _is_raw_put(head):
+            return None
+        if self._data_auth:
+            try:
+                self._keys.require_admin(head.headers.get(b"authorization"))
+            except (Unauthorized, Forbidden):
+                return None
+        shard_id = head.path[6:]
+        return RawIntake(self._shards, None if shard_id == "batch" else shard_id, head.body_size)
+
+    def streamed_bytes(self, head: RequestHead) -> int:
+        """How large such a body may be: as all of the arena; the budget says no to what is too large now."""
+        return self._shards.arena.stats()["bytes_max"] + MAX_RAW_HEADER_BYTES if _is_raw_put(head) else 0
+
+    async def _put_streamed(self, exchange: Exchange, sink: RawIntake, shard_id: str) -> None:
+        stored = await sink.store()
+        named: dict[str, Any] = {"shard_ids": stored} if shard_id == "batch" else {"shard_id": shard_id}
+        respond_json(exchange, {**named, "status": "ok"})
+
     def _put_raw(self, exchange: Exchange, shard_id: str) -> Awaitable[None] | None:
+        """A file that came as a whole: a small one, or one of unknown length."""
+        if isinstance(exchange.sink, RawIntake):
+            return self._put_streamed(exchange, exchange.sink, shard_id)
         many = shard_id == "batch"
         try:
             entries, data = raw.parse(exchange.body, MAX_RAW_HEADER_BYTES)
@@ -358,6 +384,13 @@ class Routes:
 def media_type(value: bytes | None) -> bytes:
     """Of a Content-Type, without its parameters."""
     return (value or b"").split(b";", 1)[0].strip().lower()
+
+
+def _is_raw_put(head: RequestHead) -> bool:
+    path = head.path
+    if head.method != "PUT" or not path.startswith("/data/") or "/" in path[6:] or len(path) == 6:
+        return False
+    return media_type(head.headers.get(b"content-type")) == RAW
 
 
 def wants_raw(accept: bytes | None) -> bool:

@@ -132,7 +132,7 @@ class Supervisor:
             size = self.settings.arena_max_bytes
             raise StartError(f"cannot create an arena of {size} bytes: {error}") from None
         self._arena.proc_enter(os.getpid())
-        self._holder = Holder(self._arena, self.settings.arena_max_bytes)
+        self._holder = Holder(self._arena)
         self._local_listener = listen_locally()
         self._wake_r, wake_w = socket.socketpair()
         self._wake_r.setblocking(False)

@@ -158,7 +158,13 @@ class Worker:
             max_bodies_bytes=max(settings.max_body_bytes, BODIES_BYTES),
             max_connections=room_for_connections(raise_descriptor_limit()),
         )
-        self.server = Server(Metered(routes, me.arena), limits, on_error=self._fault)
+        self.server = Server(
+            Metered(routes, me.arena),
+            limits,
+            on_error=self._fault,
+            sinks=routes.sink,
+            streamed=routes.streamed_bytes,
+        )
         self._listener = socket.socket(fileno=me.boot.listen_fd)
         self._drained = asyncio.Event()
         self._drain_until = 0.0

@@ -32,13 +32,14 @@ STEP_BYTES = 196608
 
 class Part(NamedTuple):
     """One shard of a reply. data: its `nbytes` bytes as kept, or what makes them when their turn has come, or
-    several buffers that follow each other."""
+    several buffers that follow each other. slot: the arena's, if `data` is its memory and it is all of it."""
 
     dtype: str
     shape: tuple[int, ...]
     form: Form
     nbytes: int
     data: Buffer | Callable[[], Any] | list[memoryview]
+    slot: int = -1
 
     @property
     def size(self) -> int:

@@ -22,11 +22,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from areal_fast.core import MAX_NAME_BYTES, ArenaFull, Gone
+from areal_fast.core import MAX_NAME_BYTES, ArenaFull, Gone, IndexBusy
 from areal_fast.errors import ShardRejected, ShardsNotFound
 from areal_fast.protocol import export, wire
 from areal_fast.protocol.wire import Form, Kept
@@ -43,18 +44,20 @@ if TYPE_CHECKING:
 
     from areal_fast.core._core import Arena
 
+FILES_SEEN = 56
+"""Word: FILES_CHANGED as of the supervisor's last look: what was removed until then is not counted any
+more."""
+FILES_CHANGED = 57
+"""Word: counts removals of shards that are files."""
 COUNTS_CHANGED = 58
 """Word: how often the two words of the totals were changed."""
 DEATHS = 59
 """Word: processes that died, counted by the supervisor once they are swept."""
 FILE_BYTES = 60
 """Word: bytes of all shards that are files. Written by the supervisor alone."""
-FILES_CHANGED = 61
-"""Word: counts removals of such shards; a hint to the supervisor."""
 WORD_SHARD_TENSORS = 62
 WORD_SHARD_BYTES = 63
 SWEEP_PAGE = 256
-GRANULE_BYTES = 4096
 EVER_NS = (1 << 63) - 1
 FILE_TRIES = 3
 """Looks at an id whose file went between the record and its opening: the shard was replaced, and is there."""
@@ -81,6 +84,16 @@ class FileMeta(msgspec.Struct, array_like=True, tag_field="form", tag="file"):
     inode: int
 
 
+class Reserved(NamedTuple):
+    """A shard that nobody can see yet. view: its `nbytes` bytes, writable."""
+
+    shard_id: str
+    name: bytes
+    slot: int
+    nbytes: int
+    view: memoryview
+
+
 Meta = TensorMeta | BundleMeta | RoutedMeta | FileMeta | GpuMeta | GpuHold
 
 Elsewhere = Mapping[str, Part]
@@ -104,9 +117,9 @@ class ShardStore:
         """Store the tensor or array in `body` under `shard_id`, replacing any other. ShardRejected (nothing
         is stored then); ArenaFull."""
         name = checked_name(shard_id)
-        self._check_budget(len(body) // 4 * 3)
         replaced = self._sizes(name)
-        kept = json_codec.store(self._arena, name, body, _meta_of)
+        with self._patience():
+            kept = json_codec.store(self._arena, name, body, _tensor_meta)
         self._replaced(shard_id, replaced, kept.nbytes)
 
     def put(self, shard_id: str, what: Description, data: Buffer) -> None:
@@ -115,12 +128,33 @@ class ShardStore:
         name = checked_name(shard_id)
         if memoryview(data).nbytes != what.nbytes:
             raise ShardRejected(f"{what.nbytes} bytes are described, {memoryview(data).nbytes} came")
-        self._check_budget(what.nbytes)
         replaced = self._sizes(name)
-        self._arena.shard_put(
-            name, _encode(TensorMeta(what.dtype, list(what.shape), what.form, what.nbytes)), (data,)
-        )
+        with self._patience():
+            self._arena.shard_put(name, _tensor_meta(what), (data,))
         self._replaced(shard_id, replaced, what.nbytes)
+
+    def check_room(self, nbytes: int) -> None:
+        """ArenaFull or IndexBusy (again in a moment) if a shard of so many bytes cannot be stored now."""
+        with self._patience():
+            if not self.has_room_for(nbytes):
+                raise ArenaFull
+
+    def reserve(self, shard_id: str, what: Description) -> Reserved:
+        """Room for a shard, to be filled, its view released, and then published or abandoned; this process's,
+        with which it dies. ShardRejected, ArenaFull, IndexBusy."""
+        name = checked_name(shard_id)
+        with self._patience():
+            slot, view = self._arena.shard_reserve(name, _tensor_meta(what), what.nbytes)
+        return Reserved(shard_id, name, slot, what.nbytes, view)
+
+    def publish(self, room: Reserved) -> None:
+        """Let it take the place of any other shard of its id. IndexBusy: nothing has changed."""
+        replaced = self._sizes(room.name)
+        self._arena.shard_publish(room.slot)
+        self._replaced(room.shard_id, replaced, room.nbytes)
+
+    def abandon(self, room: Reserved) -> None:
+        self._arena.shard_abandon(room.slot)
 
     def put_file(self, shard_id: str, name: bytes, meta: FileMeta) -> int:
         """Publish a shard whose file the supervisor holds; its slot. ArenaFull, IndexBusy."""
@@ -129,6 +163,21 @@ class ShardStore:
         self._replaced(shard_id, replaced, meta.nbytes)
         return slot
 
+    def turn_into_file(self, name: bytes, slot: int, meta: FileMeta) -> int | None:
+        """Publish a file of the same bytes in the place of the shard in the pinned `slot`, as old as that;
+        the record's slot. None: another shard, or none, has that id now. ArenaFull, IndexBusy."""
+        record, view = self._arena.shard_reserve(name, _encode(meta), 0)
+        view.release()
+        try:
+            self._arena.shard_succeed(record, slot)
+        except Gone:
+            self._arena.shard_abandon(record)
+            return None
+        except BaseException:
+            self._arena.shard_abandon(record)
+            raise
+        return record
+
     def put_elsewhere(self, shard_id: str, meta: GpuMeta) -> int:
         """Publish a shard whose bytes are on a GPU; its slot. ShardRejected, ArenaFull, IndexBusy."""
         name = checked_name(shard_id)
@@ -136,6 +185,13 @@ class ShardStore:
         slot = self._arena.shard_put(name, _encode(meta), ())
         self._replaced(shard_id, replaced, meta.nbytes)
         return slot
+
+    def has_room_for(self, nbytes: int) -> bool:
+        """Whether a file or a shard of so many bytes would fit the budget now."""
+        stats = self._arena.stats()
+        free = stats["granules"] - stats.get("granules_keep", 0)
+        free -= stats["granules_used"] + stats["granules_outside"]
+        return nbytes <= free * (stats["bytes_max"] // stats["granules"])
 
     def file_at(self, slot: int) -> FileMeta | None:
         """The record of the file shard in this slot, if there is one. For the supervisor."""
@@ -153,14 +209,15 @@ class ShardStore:
             if (meta := self.file_at(slot)) is not None:
                 yield slot, meta
 
-    def _check_budget(self, nbytes: int) -> None:
-        """ArenaFull if a large shard of about `nbytes` would take what the files have of the budget. Small
-        ones and sessions have the arena to themselves: their memory is worth no such look."""
-        files = self._arena.word(FILE_BYTES)
-        if files and nbytes >= MAPPED_FROM_BYTES:
-            stats = self._arena.stats()
-            if stats["granules_used"] * GRANULE_BYTES + files + nbytes > stats["bytes_max"]:
-                raise ArenaFull
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        """A full arena is a busy one as long as files were removed that the supervisor has not looked at."""
+        try:
+            yield
+        except ArenaFull:
+            if self._arena.word(FILES_CHANGED) == self._arena.word(FILES_SEEN):
+                raise
+            raise IndexBusy("removed files are about to be closed") from None
 
     def _open_file(self, meta: FileMeta) -> SealedFile | None:
         """The file, by way of its holder; None if it is not there any more (its shard was removed)."""
@@ -269,7 +326,7 @@ class ShardStore:
             if not isinstance(meta, TensorMeta):
                 view.release()
                 return None
-            return Part(meta.dtype, tuple(meta.shape), meta.kept, meta.nbytes, view)
+            return Part(meta.dtype, tuple(meta.shape), meta.kept, meta.nbytes, view, slot)
         finally:
             self._arena.unpin(slot)
 
@@ -476,8 +533,8 @@ class ShardStore:
         return "{" + ",".join(parts) + "}"
 
 
-def _meta_of(kept: Kept) -> bytes:
-    return _encode(TensorMeta(kept.dtype, list(kept.shape), kept.form, kept.nbytes))
+def _tensor_meta(what: Description | Kept) -> bytes:
+    return _encode(TensorMeta(what.dtype, list(what.shape), what.form, what.nbytes))
 
 
 def checked_name(shard_id: str) -> bytes:

@@ -125,19 +125,79 @@ def test_the_end_of_the_proxy_leaves_readers_what_they_mapped() -> None:
     shards.close()
 
 
+FILE = {"content-type": raw.MEDIA_TYPE}
+
+
+def file_of(nbytes: int, data: bytes = b"") -> bytes:
+    """A safetensors file of one tensor."""
+    return raw.lay_out([("t", describe("uint8", (nbytes,)))]).header + (data or bytes(nbytes))
+
+
 def test_files_count_against_the_budget() -> None:
+    """For files, shards put over HTTP, small ones and sessions alike; and what is full can be emptied."""
     flags = ("--arena-max-bytes", "32M")
-    with Proxy(*flags, workers=1, log_level="warning") as proxy, connected(proxy) as shards:
+    with Proxy(*flags, workers=2, log_level="warning") as proxy, connected(proxy) as shards:
+        session_id, key = proxy.start("early")
+        assert proxy.chat(key).status == 200
         what = describe("uint8", (20 << 20,))
         shards.put_bytes("first", what, bytes(what.nbytes))
         with pytest.raises(LocalRefused) as refusal:
             shards.put_bytes("second", what, bytes(what.nbytes))
         assert refusal.value.status == 507
-        file = raw.lay_out([("t", what)]).header + bytes(what.nbytes)
-        kind = {"content-type": raw.MEDIA_TYPE}
-        assert proxy.ask("PUT", "/data/second", file, headers=kind).status == 507
-        emptied(proxy, ["first"])
-        shards.put_bytes("second", what, bytes(what.nbytes))
+        assert proxy.ask("PUT", "/data/second", file_of(20 << 20), headers=FILE).status == 507
+        filled = 0
+        while (
+            answer := proxy.ask("PUT", f"/data/small-{filled}", file_of(200_000), headers=FILE)
+        ).status == 200:
+            filled += 1
+        assert answer.status == 507 and "memory is full" in answer.json["message"]
+        assert 20 < filled < 60, "12 MiB are left beside the file, a sixteenth of all is kept back"
+        statuses = [proxy.chat(proxy.start("x")[1], "x" * 20_000).status for _ in range(12)]
+        assert statuses[-1] == 507, "sessions see the file's share, too"
+        assert proxy.reward(key).status == 200, "the reserve is there for the rest of a session's life"
+        assert proxy.export(session_id).status == 200
+        proxy.ask("DELETE", "/data/clear", {"shard_ids": ["first"]})
+        assert proxy.ask("PUT", "/data/second", file_of(18 << 20), headers=FILE).status == 200, "at once"
+        proxy.ask("DELETE", "/data/clear", {"shard_ids": ["second"]})
+        shards.put_bytes("third", what, bytes(what.nbytes))
+        emptied(proxy, ["third", *(f"small-{i}" for i in range(filled))])
+        assert proxy.health()["arena"]["granules_outside"] == 0
+
+
+@pytest.mark.parametrize("size", [300_000, 9 << 20])
+def test_a_large_shard_put_over_http_becomes_a_file_when_it_is_mapped(
+    proxy: Proxy, shards: LocalShards, size: int
+) -> None:
+    data = os.urandom(size)
+    before = totals(proxy)
+    assert proxy.ask("PUT", "/data/moved", file_of(size, data), headers=FILE).status == 200
+    pages = -(-size // 4096)
+    wait_until(lambda: proxy.health()["arena"]["granules_used"] >= pages, "it is in the arena")
+    assert held_files(proxy) == 0
+    first, again = shards.map(["moved", "moved"])
+    assert bytes(first.data) == bytes(again.data) == data
+    assert held_files(proxy) == 1 and totals(proxy) == (before[0] + 1, before[1] + size)
+    wait_until(
+        lambda: (s := proxy.health()["arena"])["granules_used"] < pages and s["granules_outside"] == pages,
+        "it is moved, not copied, and counted once",
+    )
+    assert bytes(shards.map(["moved"])[0].data) == data
+    assert proxy.ask("GET", "/data/moved", headers={"accept": raw.MEDIA_TYPE}).body.endswith(data)
+    assert held_files(proxy) == 1, "the next reader gets the same file"
+    emptied(proxy, ["moved"])
+    assert totals(proxy) == before
+
+
+def test_what_does_not_fit_as_a_file_still_goes_out_over_http() -> None:
+    flags = ("--arena-max-bytes", "32M")
+    with Proxy(*flags, workers=1, log_level="warning") as proxy, connected(proxy) as shards:
+        data = os.urandom(20 << 20)
+        assert proxy.ask("PUT", "/data/big", file_of(len(data), data), headers=FILE).status == 200
+        with pytest.raises(LocalRefused) as refusal:
+            shards.map(["big"])
+        assert refusal.value.status == 507
+        assert proxy.ask("GET", "/data/big", headers={"accept": raw.MEDIA_TYPE}).body.endswith(data)
+        emptied(proxy, ["big"])
 
 
 def test_data_auth_asks_for_the_key() -> None:

@@ -31,6 +31,7 @@ from areal_fast.core import (
     Arena,
     CoreError,
     Exists,
+    Gone,
     SlotInfo,
 )
 from tests.model_arena import ModelArena
@@ -434,6 +435,21 @@ class ArenaMachine(RuleBasedStateMachine):
             view[:] = bytes([self.serial % 256]) * size
             view.release()
         self.at(proc, "shard_publish" if publish else "shard_abandon", (real, model))
+
+    @rule(proc=procs, pick=picks, size=sizes)
+    def shard_succeed(self, proc: int, pick: int, size: int) -> None:
+        """Of any shard that is pinned, be it still the one of its name or not."""
+        old = self.choose(pick, STATE_ACTIVE, STATE_CLOSING, pinned_by=proc)
+        if old is None or old[1] < self.watcher.model.session_slots:
+            return
+        name = self.watcher.model.slot_info(old[1]).id
+        (real, real_view), (model, model_view) = self.both(proc, "shard_reserve", (name, b"", size))
+        self.add(real, model)
+        for view in (real_view, model_view):
+            view[:] = bytes(size)
+            view.release()
+        if self.both(proc, "shard_succeed", (real, old[0]), (model, old[1])) is Gone:
+            self.at(proc, "shard_abandon", (real, model))
 
     @rule(proc=procs, name=st.sampled_from([b"s1", b"s2", b"a-0", b"none"]))
     def pin_shard(self, proc: int, name: bytes) -> None:

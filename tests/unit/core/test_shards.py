@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from areal_fast.core.codes import STATE_ACTIVE, STATE_FREE, STATE_INIT, BadArgument, Gone
+from areal_fast.core.codes import STATE_ACTIVE, STATE_FREE, STATE_INIT, ArenaFull, BadArgument, Gone
 
 
 def content(arena, shard_id):
@@ -127,3 +127,66 @@ def test_the_sweep_removes_unpublished_shards(arena):
     assert done["inits"] == 1 and arena.slot_info(slot).state == STATE_FREE
     assert arena.stats()["granules_used"] == 0
     dead.close()
+
+
+def successor(arena, data):
+    slot, view = arena.shard_reserve(b"id", b"new", len(data))
+    view[:] = data
+    view.release()
+    return slot
+
+
+def test_a_successor_takes_the_place_of_the_very_shard_it_was_made_of(arena):
+    old = arena.shard_put(b"id", b"old", [b"data"])
+    assert arena.pin_shard(b"id") == old
+    _, held = arena.shard_view(old)
+    created = arena.slot_info(old).created_ns
+    new = successor(arena, b"data")
+    arena.shard_succeed(new, old)
+    assert content(arena, b"id") == (b"new", b"data") and bytes(held) == b"data"
+    assert arena.slot_info(new).created_ns == created, "its time to live goes on"
+    held.release()
+    arena.unpin(old)
+    assert arena.slot_info(old).state == STATE_FREE
+    assert arena.stats()["shards_active"] == 1
+
+
+@pytest.mark.parametrize("cleared", [True, False])
+def test_a_successor_of_a_shard_that_was_cleared_or_replaced_is_none(arena, cleared):
+    old = arena.shard_put(b"id", b"old", [b"data"])
+    arena.pin_shard(b"id")
+    new = successor(arena, b"data")
+    if cleared:
+        arena.shard_close(old)
+    else:
+        arena.shard_put(b"id", b"other", [b"x"])
+    with pytest.raises(Gone):
+        arena.shard_succeed(new, old)
+    arena.shard_abandon(new)
+    arena.unpin(old)
+    assert content(arena, b"id") == (None if cleared else (b"other", b"x"))
+    assert arena.stats()["granules_used"] == (0 if cleared else 1)
+
+
+def test_memory_beside_the_arena_counts_with_it(arena):
+    """Both ways, up to the reserve, and what is given back is there again."""
+    stats = arena.stats()
+    granule = stats["bytes_max"] // stats["granules"]
+    room = (stats["granules"] - stats["granules_keep"]) * granule
+    with pytest.raises(ArenaFull):
+        arena.outside_take(room + 1)
+    with pytest.raises(ArenaFull):
+        arena.outside_take(2**63)
+    arena.outside_take(room - 3 * granule)
+    arena.outside_take(1)
+    assert arena.stats()["granules_outside"] == room // granule - 2
+    with pytest.raises(ArenaFull):
+        arena.shard_put(b"id", b"", [bytes(2 * granule)])
+    slot = arena.shard_put(b"id", b"", [bytes(granule)])
+    with pytest.raises(ArenaFull):
+        arena.outside_take(1)
+    assert arena.shard_put(b"reserve", b"", [bytes(granule)], critical=True) != slot
+    arena.outside_give(1)
+    arena.outside_give(room - 3 * granule)
+    assert arena.stats()["granules_outside"] == 0
+    arena.shard_put(b"large", b"", [bytes(room // 2)])

@@ -123,9 +123,9 @@ class Serving:
 
 
 @contextlib.asynccontextmanager
-async def serving(handler: Handler, limits: Limits | None = None) -> AsyncIterator[Serving]:
+async def serving(handler: Handler, limits: Limits | None = None, **more: Any) -> AsyncIterator[Serving]:
     errors: list[tuple[str, Exception]] = []
-    server = Server(handler, limits, on_error=lambda what, error: errors.append((what, error)))
+    server = Server(handler, limits, on_error=lambda what, error: errors.append((what, error)), **more)
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     await server.serve(sock)

@@ -30,9 +30,7 @@ class Worker:
 def world() -> Any:
     arena = ModelArena.create(64 << 20)
     arena.proc_enter(1)
-    return SimpleNamespace(
-        arena=arena, shards=ShardStore(arena), holder=Holder(arena, 64 << 20), worker=Worker()
-    )
+    return SimpleNamespace(arena=arena, shards=ShardStore(arena), holder=Holder(arena), worker=Worker())
 
 
 def sealed_file(nbytes: int = SIZE) -> int:
