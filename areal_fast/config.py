@@ -27,6 +27,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from areal_fast import __version__
+
 DEFAULT_ADMIN_KEY = "areal-admin-key"
 EMBEDDED = "embedded"
 BYTE_TOKENIZER = "builtin:bytes"
@@ -158,6 +160,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = p.add_argument
+    add("--version", action="version", version=f"areal-fast {__version__}")
     add("--host", default="0.0.0.0", help="address to listen on, IPv4 or IPv6")
     add("--port", type=_port, default=8082, help="0: any free one, printed at the start")
     add("--backend-addr", default=None, help="URL of the engine, '' for none, or 'embedded'")

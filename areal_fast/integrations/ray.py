@@ -23,6 +23,14 @@ A proxy that dies alone is started again by its actor on the same address, witho
 counts it. An actor that dies is started again only if `actor_options` has `max_restarts`, as everywhere in
 Ray.
 
+Shards. A shard of a proxy on another node can come through Ray's object store: the actor fetches it from its
+proxy (a mapping, on its node), puts it there once, and Ray carries it to each node once, however many
+processes of that node read it. `NodeProxy.get_shards` does that, and `enable_rtensor(through_ray=proxies)`
+for RTensors. It pays where several processes of a node read the same large shards; for one reader the raw
+bytes over HTTP are cheaper. Small shards come with the actor's answer. What the actor keeps in Ray's store is
+bounded (SHARED_BYTES, the least recently used go first), so a shard may be read there for a while after its
+deletion by somebody else; a backend's own `delete` tells the actor.
+
 Actors take no CPU from Ray's books unless told (`num_cpus`), so that they fit beside AReaL's placement
 groups; the proxy's own `--workers` says what it uses. areal_fast has to be installed on every node, or be in
 `runtime_env`.
@@ -32,11 +40,16 @@ Ray is imported by calls, never by importing this module. Source: the design pag
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+
 from areal_fast import config
+from areal_fast.client import Client, ClientError, Shard
 from areal_fast.integrations.owner import MAX_RESTARTS, START_S, STOP_S, OwnedProxy, ProxyFailed, Status
 
 NAME: Final = "areal_fast"
@@ -44,6 +57,12 @@ CONCURRENCY: Final = 4
 """Calls of an actor at once, so that `status` is answered while `stop` waits."""
 SLACK_S: Final = 60.0
 """What Ray itself may take to start an actor's process, or to answer."""
+
+
+SHARED_BYTES: Final = 256 << 20
+"""What an actor keeps in Ray's object store."""
+SHARED_FROM_BYTES: Final = 64 << 10
+"""Smaller shards are not worth an object of their own: Ray itself carries up to 100 KiB in an answer."""
 
 
 class Node(NamedTuple):
@@ -67,6 +86,12 @@ class ProxyActor:
             # Ray hides GPUs from actors that reserve none; the keeper copies from those that others reserved
             del os.environ["CUDA_VISIBLE_DEVICES"]
         self._proxy = OwnedProxy(argv, max_restarts=max_restarts, environment=environment)
+        self._admin_key = config.parse(argv)[0].admin_api_key
+        self._sharing = threading.Lock()
+        # guarded by `_sharing`: (Ray's reference, bytes) by shard id, the least recently used first
+        self._shared: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+        self._shared_bytes = 0
+        self._client: Client | None = None
         self._proxy.start()
 
     def wait_ready(self, timeout_s: float) -> Status:
@@ -80,6 +105,50 @@ class ProxyActor:
 
     def stop(self, timeout_s: float) -> int:
         return self._proxy.stop(timeout_s)
+
+    def share(self, shard_ids: list[str]) -> list[Any]:
+        """For each shard Ray's reference to it, or the shard itself if it is small; [] if not all can be
+        had."""
+        with self._sharing:
+            if self._client is None:
+                self._client = Client(f"http://{self._proxy.status().address}", self._admin_key)
+            missing = [one for one in dict.fromkeys(shard_ids) if one not in self._shared]
+            try:
+                fetched = self._client.get_many(missing) if missing else []
+            except ClientError:
+                return []  # who asks goes to the proxy, which says what is wrong
+            found = {shard.id: self._put(shard) for shard in fetched}
+            for one in shard_ids:
+                if one not in found:
+                    self._shared.move_to_end(one)
+                    found[one] = self._shared[one][0]
+            self._drop_oldest()
+            return [found[one] for one in shard_ids]
+
+    def _put(self, shard: Shard) -> Any:
+        import ray
+
+        # as an array its bytes travel beside the pickle, and are mapped, not copied, by who gets them
+        array: Any = np.frombuffer(memoryview(shard.data), np.uint8)
+        shard.data = array
+        if array.nbytes < SHARED_FROM_BYTES:
+            return shard
+        reference = ray.put(shard)
+        self._shared[shard.id] = reference, array.nbytes
+        self._shared_bytes += array.nbytes
+        return reference
+
+    def _drop_oldest(self) -> None:
+        while self._shared_bytes > SHARED_BYTES:
+            _, (_, nbytes) = self._shared.popitem(last=False)
+            self._shared_bytes -= nbytes
+
+    def forget(self, shard_ids: list[str]) -> int:
+        """Drop what is kept of these; how many there were. Ray frees them when no reader has them."""
+        with self._sharing:
+            gone = [self._shared.pop(one)[1] for one in shard_ids if one in self._shared]
+            self._shared_bytes -= sum(gone)
+            return len(gone)
 
 
 @dataclass(frozen=True)
@@ -111,6 +180,27 @@ class NodeProxy:
 
         lines: list[str] = ray.get(self.actor.tail.remote(), timeout=timeout_s)
         return lines
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it runs on the node of the calling process."""
+        import ray
+
+        return bool(ray.get_runtime_context().get_node_id() == self.node_id)
+
+    def get_shards(self, shard_ids: Sequence[str]) -> list[Shard] | None:
+        """Its shards, in order, through Ray's object store. None if not all can be had that way (gone, or
+        never there, or the actor is): the client's ways then say why. A shard's bytes are read-only; its
+        `tensor` is a copy of the reader's own."""
+        import ray
+
+        try:
+            rows = ray.get(self.actor.share.remote(list(shard_ids)))
+            large = {i: row for i, row in enumerate(rows) if isinstance(row, ray.ObjectRef)}
+            shards = dict(zip(large, ray.get(list(large.values())), strict=True))
+        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError):
+            return None
+        return [shards.get(i, row) for i, row in enumerate(rows)] if rows else None
 
     def stop(self, timeout_s: float = STOP_S) -> int:
         """Drain, dump, end, and end the actor. The proxy's exit status: 0 where all went well."""

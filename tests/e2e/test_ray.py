@@ -176,6 +176,50 @@ def test_the_proxy_ends_with_its_driver(cluster: Any) -> None:
     gone(pids, *(address for address, _ in told))
 
 
+def test_shards_come_through_rays_store_once(cluster: Any) -> None:
+    """A reader on the other node gets them; later ones get the large ones from Ray, the proxy not being
+    asked."""
+    import ray
+    import torch
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    made = [
+        torch.arange(1 << 18, dtype=torch.int32).reshape(512, 512),
+        torch.full((1 << 16,), -2.5).to(torch.bfloat16),
+        torch.tensor([[True, False]]),
+        torch.tensor(7.25, dtype=torch.float64),
+        torch.empty(0, 3),
+    ]
+    with running(name="shards") as proxies:
+        home, away = sorted(proxies, key=lambda proxy: not proxy.is_here)
+        assert home.is_here and not away.is_here
+
+        def read(owner: NodeProxy, ids: list[str]) -> list[Any] | None:
+            shards = owner.get_shards(ids)
+            return shards and [(str(shard.tensor.dtype), shard.tensor) for shard in shards]
+
+        on_node = NodeAffinitySchedulingStrategy(away.node_id, soft=False)
+        reader = ray.remote(read).options(scheduling_strategy=on_node, num_cpus=0)
+        with Client(home.url, ADMIN) as client:
+            ids = [client.put(tensor).shard_id for tensor in made]
+            for order in (ids, ids[::-1], ids[:1]):
+                got = ray.get(reader.remote(home, order), timeout=120)
+                assert got is not None
+                for one, (dtype, tensor) in zip(order, got, strict=True):
+                    true = made[ids.index(one)]
+                    assert dtype == str(true.dtype) and torch.equal(tensor, true)
+            shard = (home.get_shards(ids[:1]) or [None])[0]
+            assert shard is not None
+            shard.tensor.add_(1)  # a copy of its own: what others read stays
+            client.delete(ids)
+        large, small = ids[:2], ids[2:]
+        (_, first), _ = ray.get(reader.remote(home, large), timeout=120)
+        assert torch.equal(first, made[0]), "kept by Ray"
+        assert ray.get(reader.remote(home, small), timeout=120) is None
+        assert ray.get(home.actor.forget.remote(ids)) == 2
+        assert home.get_shards(large) is None
+
+
 def test_a_proxy_that_died_is_told_and_started_again(cluster: Any) -> None:
     import ray
 
