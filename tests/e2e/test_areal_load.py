@@ -8,12 +8,14 @@ exactly the turns that its agent was given, in order: none lost, none twice, non
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from tests.e2e.running import alive  # noqa: E402
 from tests.e2e.test_areal_client import fronted  # noqa: E402
 
 pytestmark = [pytest.mark.areal, pytest.mark.timeout(600)]
-SESSIONS, TURNS = 48, 4
+SESSIONS, TURNS = 32, 4
 WATCHDOG_S = 300
 
 
@@ -64,24 +66,31 @@ def workers(proxy: Server) -> list[int]:
     return [pid for pid, words in command.items() if b"areal_fast.service.worker" in words]
 
 
-def loaded(areal: Path, mine: Server, theirs: Server, tokenizer: Path) -> dict[str, Any]:
+def loaded(areal: Path, gateway: str, router: str, mine: Server, theirs: Server, tokenizer: Path) -> Any:
     """The episodes before one proxy, then before the other; a worker of the first one is killed halfway."""
-    with fronted(areal, mine) as (gateway, router):
-        script = [areal, WIRE / "areal_load.py", gateway, router, tokenizer, SESSIONS, TURNS]
-        killed: list[int] = []
-        last = ""
-        with subprocess.Popen(
-            [*map(str, script), mine.url, theirs.url], stdout=subprocess.PIPE, text=True
-        ) as run:
-            assert run.stdout is not None
-            try:
-                for last in run.stdout:
-                    if last == "half\n" and not killed:
-                        killed += workers(mine)[:1]
-                        os.kill(killed[0], signal.SIGKILL)
-                assert run.wait(WATCHDOG_S) == 0, mine.output() + theirs.output()
-            finally:
-                run.kill()
+    script = [
+        areal,
+        WIRE / "areal_load.py",
+        gateway,
+        router,
+        tokenizer,
+        SESSIONS,
+        TURNS,
+        mine.url,
+        theirs.url,
+    ]
+    killed: list[int] = []
+    last = ""
+    with subprocess.Popen([str(part) for part in script], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        try:
+            for last in run.stdout:
+                if last == "half\n" and not killed:
+                    killed += workers(mine)[:1]
+                    os.kill(killed[0], signal.SIGKILL)
+            assert run.wait(WATCHDOG_S) == 0, mine.output() + theirs.output()
+        finally:
+            run.kill()
     assert len(killed) == 1 and not alive(killed[0])
     report = json.loads(last)
     return {"ours": report[mine.url], "original": report[theirs.url]}
@@ -89,8 +98,17 @@ def loaded(areal: Path, mine: Server, theirs: Server, tokenizer: Path) -> dict[s
 
 @pytest.fixture(scope="module")
 def reports(areal: Path, engine: Server, tokenizer: Path) -> dict[str, dict[str, Any]]:
-    with original(areal, engine.url, tokenizer) as theirs, ours(engine.url, tokenizer, workers=2) as mine:
-        return loaded(areal, mine, theirs, tokenizer)
+    """Reports by whose proxy it was. Everything starts at once: AReaL's processes take their time."""
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
+        theirs, mine, (gateway, router) = (
+            starting.result()
+            for starting in (
+                pool.submit(stack.enter_context, original(areal, engine.url, tokenizer)),
+                pool.submit(stack.enter_context, ours(engine.url, tokenizer, workers=2)),
+                pool.submit(stack.enter_context, fronted(areal)),
+            )
+        )
+        return loaded(areal, gateway, router, mine, theirs, tokenizer)
 
 
 def test_each_trajectory_holds_exactly_its_sessions_turns(reports: dict[str, dict[str, Any]]) -> None:
