@@ -27,6 +27,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from areal_fast import __version__
+
 DEFAULT_ADMIN_KEY = "areal-admin-key"
 EMBEDDED = "embedded"
 BYTE_TOKENIZER = "builtin:bytes"
@@ -89,6 +91,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     drain_s: float = 10.0
     hang_timeout_s: float = 10.0
     start_timeout_s: float = 60.0
+    lifeline_fd: int = -1
+    """Inherited end of a stream socket pair whose end of file stops the proxy (service/lifeline.py)."""
     external_models: dict[str, dict[str, str | None]] = {}
     """Registered while running (service/external.py), by name: url, model, api_key. No flag sets it."""
 
@@ -156,6 +160,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = p.add_argument
+    add("--version", action="version", version=f"areal-fast {__version__}")
     add("--host", default="0.0.0.0", help="address to listen on, IPv4 or IPv6")
     add("--port", type=_port, default=8082, help="0: any free one, printed at the start")
     add("--backend-addr", default=None, help="URL of the engine, '' for none, or 'embedded'")
@@ -190,6 +195,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--drain-seconds", type=non_negative, default=10.0, help="SIGTERM: time for requests in flight")
     add("--hang-timeout-seconds", type=positive, default=10.0, help="a worker silent so long is replaced")
     add("--start-timeout-seconds", type=positive, default=60.0, help="time for a process to become ready")
+    add("--lifeline-fd", type=_number(int, 0), default=-1, help="inherited socket; its end stops the proxy")
     return p
 
 
@@ -254,6 +260,7 @@ def parse(
         drain_s=args.drain_seconds,
         hang_timeout_s=args.hang_timeout_seconds,
         start_timeout_s=args.start_timeout_seconds,
+        lifeline_fd=int(args.lifeline_fd),
     )
     return settings, unknown
 

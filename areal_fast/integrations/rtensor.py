@@ -8,6 +8,9 @@ What a shard's id is says where it lives. A Ray ObjectRef is in Ray's object sto
 this process's own storage first (an AReaL worker is a node itself), then asked of the node the RTensor names,
 by the cheapest way that node knows; AReaL's own nodes know JSON, and get what they always got.
 
+Under Ray, with proxies that integrations/ray.py has started, `through_ray` makes shards of a proxy on another
+node come through Ray's object store, which carries a shard to each node once.
+
 Storing. AReaL stores where the process is: in Ray's object store when Ray is up, else in the process's own
 storage, which the worker's own server hands out under the node address that `RTensor.remotize` is given. So
 does this backend; with `node` it puts shards into that areal_fast proxy instead, and `remotize` is to be
@@ -35,6 +38,8 @@ from areal_fast.client import HOST_WAYS, Client, ClientError, Reference, Way
 if TYPE_CHECKING:
     import torch
 
+    from areal_fast.integrations.ray import NodeProxy
+
 TIMEOUT_S: Final = 3600.0
 """AReaL's own limit for a request between nodes."""
 BUFFER_BYTES: Final = 256 << 20
@@ -49,8 +54,9 @@ class ShardInfo(Protocol):
 
 class AReaLFastBackend:
     """An RTensorBackend. node: HOST:PORT of an areal_fast proxy that `store` puts shards into; None: as AReaL
-    does. admin_api_key: only for proxies that run with --data-auth. ways: as Client takes them;
-    with "gpu" among them tensors may come on a GPU, where AReaL's own are always in host memory."""
+    does. admin_api_key: only for proxies that run with --data-auth. ways: as Client takes them; with "gpu"
+    among them tensors may come on a GPU, where AReaL's own are always in host memory. through_ray: proxies
+    whose shards other nodes get through Ray's object store."""
 
     def __init__(
         self,
@@ -59,10 +65,12 @@ class AReaLFastBackend:
         admin_api_key: str | None = None,
         timeout_s: float = TIMEOUT_S,
         ways: Sequence[Way] = HOST_WAYS,
+        through_ray: Sequence[NodeProxy] = (),
     ) -> None:
         url = f"http://{node}" if node else None
         self.client = Client(url, admin_api_key, timeout_s=timeout_s, ways=ways)
         self._stores_here = node is not None
+        self._elsewhere = {proxy.address: proxy for proxy in through_ray if not proxy.is_here}
 
     def fetch(self, shards: Sequence[ShardInfo]) -> list[torch.Tensor]:
         """The tensors, in order. RuntimeError, as the original, if one cannot be had."""
@@ -81,6 +89,8 @@ class AReaLFastBackend:
                 asked[i] = Reference(shard.shard_id, shard.node_addr)
             else:
                 found[i] = mine
+        found.update(self._through_ray(asked))
+        asked = {i: one for i, one in asked.items() if i not in found}
         if asked:
             try:
                 fetched = self.client.get_many(list(asked.values()))
@@ -88,6 +98,14 @@ class AReaLFastBackend:
                 raise RuntimeError(f"Failed to fetch shards: {error}") from error
             found.update(zip(asked, (shard.tensor for shard in fetched), strict=True))
         return [found[i] for i in range(len(shards))]
+
+    def _through_ray(self, asked: dict[int, Reference]) -> dict[int, torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
+        for address, proxy in self._elsewhere.items():
+            here = [i for i, one in asked.items() if one.node == address]
+            shards = proxy.get_shards([asked[i].shard_id for i in here]) if here else None
+            found.update((i, shard.tensor) for i, shard in zip(here, shards or (), strict=False))
+        return found
 
     def store(self, tensor: torch.Tensor) -> Any:
         """Store a tensor; its id: a text, or an ObjectRef where Ray is up and no `node` was given."""
@@ -113,6 +131,8 @@ class AReaLFastBackend:
             if isinstance(shard_id, str) and not rtensor.remove(shard_id)
         ]
         if elsewhere:
+            if (proxy := self._elsewhere.get(node_addr)) is not None:
+                proxy.actor.forget.remote([one.shard_id for one in elsewhere])
             await asyncio.to_thread(self.client.delete, elsewhere)
 
 

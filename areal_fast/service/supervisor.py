@@ -32,6 +32,7 @@ from areal_fast.config import Settings
 from areal_fast.core import PROC_CLEANER, PROC_SUPERVISOR, Arena, CoreError, IndexBusy
 from areal_fast.service.holder import Holder
 from areal_fast.service.keepers import Keepers
+from areal_fast.service.lifeline import Lifeline
 from areal_fast.service.listening import StartError, allow_many_files, listen, listen_locally
 from areal_fast.service.log import Log
 from areal_fast.service.processes import TICK_S, Process, Role, spawn, spawn_engine
@@ -108,6 +109,7 @@ class Supervisor:
         self.changes: list[Change] = []
         self.signals = deque([0], maxlen=SIGNAL_TICKS)
         self.keepers = Keepers(self.roles, log, self._free_numbers)
+        self._lifeline: Lifeline | None = None
         self._dirty = False
         self._by_fd: dict[int, tuple[str, Process]] = {}
         self._poll = select.poll()
@@ -116,6 +118,11 @@ class Supervisor:
     def run(self) -> int:
         """Bind, start, watch, stop. StartError if it cannot even begin."""
         allow_many_files()
+        if (fd := self.settings.lifeline_fd) >= 0:
+            try:
+                self._lifeline = Lifeline(fd)
+            except OSError as error:
+                raise StartError(f"argument --lifeline-fd: {fd}: {error.strerror or error}") from None
         self._listener = listen(self.settings.host, self.settings.port)
         self._engine_listener = listen("127.0.0.1", 0) if self.settings.backend_embedded else None
         port = self._listener.getsockname()[1]
@@ -144,6 +151,8 @@ class Supervisor:
                 signal.signal(number, lambda *_: None)
         try:
             self._poll.register(self._wake_r, select.POLLIN)
+            if self._lifeline is not None:
+                self._poll.register(self._lifeline, select.POLLIN)
             self._roles()
             self._loop()
         finally:
@@ -157,6 +166,8 @@ class Supervisor:
                     sock.close()
             self.keepers.close()
             self._arena.close()
+            if self._lifeline is not None:
+                self._lifeline.close()  # last: who sees its end knows that nothing is left
         if self.start_failure:
             raise StartError(self.start_failure)
         self._farewell()
@@ -214,6 +225,11 @@ class Supervisor:
             for number in numbers:
                 if number in STOP_SIGNALS:
                     self._stop_asked(signal.Signals(number).name)
+            return
+        if self._lifeline is not None and fd == self._lifeline.fileno():
+            if self._lifeline.ended():
+                self._poll.unregister(fd)
+                self._stop_asked("the end of its lifeline", HURRY_S)
             return
         kind, process = self._by_fd.get(fd, ("", None))
         if process is None:
@@ -376,6 +392,8 @@ class Supervisor:
                 dump_path=self.settings.dump_path or "none",
                 seconds=time.monotonic() - self.begun,
             )
+            if self._lifeline is not None:
+                self._lifeline.say_ready(self.settings.serving_addr, self.log)
             if self.settings.admin_api_key == config.DEFAULT_ADMIN_KEY:
                 self.log.warning("default_admin_key", hint="change it before others can reach this address")
 
@@ -498,11 +516,12 @@ class Supervisor:
                 role.process.send({"do": "board", "board": board})
 
     # -- stopping --------------------------------------------------------------------------------------
-    def _stop_asked(self, by: str) -> None:
+    def _stop_asked(self, by: str, within_s: float = config.FOR_EVER_S) -> None:
         now = time.monotonic()
         if self.stop is None:
-            self.log.notice("stopping", by=by, drain_s=self.settings.drain_s)
-            self._begin_stop(self.settings.drain_s)
+            drain_s = min(self.settings.drain_s, within_s)
+            self.log.notice("stopping", by=by, drain_s=drain_s)
+            self._begin_stop(drain_s)
         else:
             self._hurry(self.stop, now + HURRY_S)
 
