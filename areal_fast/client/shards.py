@@ -69,6 +69,10 @@ class Shard:
     def data(self) -> Buffer:
         return self._data
 
+    def over(self, data: Buffer) -> Shard:
+        """The same shard over a copy of its bytes in host memory."""
+        return Shard(self.id, self.node, self.way, self.dtype, self.shape, data, self._form)
+
     def release(self) -> bool:
         """Give back what `hold` holds, after everything that reads it is done: whether the bytes were this
         shard's all the time. True, and nothing happens, where they are one's own."""

@@ -49,7 +49,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from areal_fast import config
-from areal_fast.client import Client, ClientError, Shard
+from areal_fast.client import HOST_WAYS, Client, ClientError, Shard
 from areal_fast.integrations.owner import MAX_RESTARTS, START_S, STOP_S, OwnedProxy, ProxyFailed, Status
 
 NAME: Final = "areal_fast"
@@ -111,7 +111,9 @@ class ProxyActor:
         had."""
         with self._sharing:
             if self._client is None:
-                self._client = Client(f"http://{self._proxy.status().address}", self._admin_key)
+                self._client = Client(
+                    f"http://{self._proxy.status().address}", self._admin_key, ways=HOST_WAYS
+                )
             missing = [one for one in dict.fromkeys(shard_ids) if one not in self._shared]
             try:
                 fetched = self._client.get_many(missing) if missing else []
@@ -130,10 +132,10 @@ class ProxyActor:
 
         # as an array its bytes travel beside the pickle, and are mapped, not copied, by who gets them
         array: Any = np.frombuffer(memoryview(shard.data), np.uint8)
-        shard.data = array
+        shared = shard.over(array)
         if array.nbytes < SHARED_FROM_BYTES:
-            return shard
-        reference = ray.put(shard)
+            return shared
+        reference = ray.put(shared)
         self._shared[shard.id] = reference, array.nbytes
         self._shared_bytes += array.nbytes
         return reference
