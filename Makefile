@@ -20,7 +20,7 @@ SEED ?= $(shell date +%Y%m%d)
 ARGS ?=
 export SOAK_SECONDS ?= 1800
 RUFF_PATHS := areal_fast tests benchmarks setup.py
-NATIVE := $(wildcard csrc/*.c csrc/*.h) $(wildcard areal_fast/core/*.px[dyi]) setup.py
+NATIVE := $(wildcard csrc/*.c csrc/*.h) $(wildcard areal_fast/core/*.px[dyi] areal_fast/http/*.px[dy]) setup.py
 # Other versions format differently.
 CLANG_FORMAT := 14
 
@@ -68,8 +68,8 @@ lint: build ## ruff, mypy --strict, stubtest, cython-lint; clang-format where in
 	$(PY) -m ruff check $(wildcard $(RUFF_PATHS))
 	$(PY) -m ruff format --check $(wildcard $(RUFF_PATHS))
 	$(PY) -m mypy
-	$(PY) -m mypy.stubtest areal_fast.core._core areal_fast.core._cuda
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint areal_fast/core/*.px[dyi]
+	$(PY) -m mypy.stubtest areal_fast.core._core areal_fast.core._cuda areal_fast.http._native
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint areal_fast/core/*.px[dyi] areal_fast/http/*.px[dy]
 	@if clang-format --version 2>/dev/null | grep -q 'version $(CLANG_FORMAT)\.'; then \
 	  echo clang-format --dry-run; clang-format --dry-run -Werror csrc/*.[ch]; \
 	  else echo "clang-format $(CLANG_FORMAT): not installed, C formatting not checked"; fi
