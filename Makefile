@@ -121,6 +121,6 @@ soak: soak-churn ## soak-churn, then random kills, the fuzzers and the property 
 	HYPOTHESIS_PROFILE=thorough $(PY) -m pytest -q tests/property --timeout 3600 $(ARGS)
 
 clean: ## everything that was built, .venv included
-	rm -rf build .venv .venv-areal *.egg-info areal_fast/core/_core.c areal_fast/core/_cuda.c areal_fast/core/_*.so
+	rm -rf build .venv .venv-areal *.egg-info areal_fast/core/_core.c areal_fast/core/_cuda.c areal_fast/http/_native.c areal_fast/*/_*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@! test -e tests/c/Makefile || $(MAKE) -C tests/c clean

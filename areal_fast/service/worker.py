@@ -59,7 +59,7 @@ BODIES_BYTES = 256 << 20
 """What all request bodies in one worker may hold together, or one largest body if that is more."""
 MAX_CONNECTIONS = 16384
 OWN_DESCRIPTORS = 64
-GC_THRESHOLDS = (10_000, 10, 50)
+GC_THRESHOLDS = (2_000, 5, 100)
 """New objects before the youngest are looked at; then so many of each before the next older are."""
 
 
