@@ -1,6 +1,7 @@
-"""Builds two extensions: the Cython edge with the whole C core in a single shared object, and the device
-pool's edge over csrc/cuda.c, which only the keeper and its clients import. Each exports nothing but its
-module init. Everything else about the package is in pyproject.toml.
+"""Builds three extensions: the Cython edge with the whole C core in a single shared object, the device
+pool's edge over csrc/cuda.c, which only the keeper and its clients import, and the short way of a request
+through the HTTP server. Each exports nothing but its module init. Everything else about the package is in
+pyproject.toml.
 
 Environment, read at build time only:
   AREAL_FAST_SANITIZE=address|undefined|thread   an instrumented build (run under the matching LD_PRELOAD)
@@ -54,13 +55,14 @@ class BuildExt(build_ext):
 
 
 CUDA = "csrc/cuda.c"
+HTTP = "csrc/http_head.c"
 
 
-def extension(name, sources, **more):
+def extension(package, name, sources, **more):
     return Extension(
-        f"areal_fast.core.{name}",
-        sources=[f"areal_fast/core/{name}.pyx", *sources],
-        depends=[*glob("areal_fast/core/*.px[di]"), *sorted(glob("csrc/*.h"))],
+        f"areal_fast.{package}.{name}",
+        sources=[f"areal_fast/{package}/{name}.pyx", *sources],
+        depends=[*glob(f"areal_fast/{package}/*.px[di]"), *sorted(glob("csrc/*.h"))],
         include_dirs=["csrc"],
         undef_macros=["NDEBUG"] if sanitize or crash_points else [],
         define_macros=[("AF_CRASH_POINTS", "1")] if crash_points else [],
@@ -70,10 +72,11 @@ def extension(name, sources, **more):
     )
 
 
-core = extension("_core", [source for source in sorted(glob("csrc/*.c")) if source != CUDA])
-cuda = extension("_cuda", [CUDA], libraries=["dl"])  # where dlopen lives before glibc 2.34
+core = extension("core", "_core", [one for one in sorted(glob("csrc/*.c")) if one not in (CUDA, HTTP)])
+cuda = extension("core", "_cuda", [CUDA], libraries=["dl"])  # where dlopen lives before glibc 2.34
+http = extension("http", "_native", [HTTP])
 
 setup(
-    ext_modules=cythonize([core, cuda], compiler_directives={"language_level": "3"}),
+    ext_modules=cythonize([core, cuda, http], compiler_directives={"language_level": "3"}),
     cmdclass={"build_ext": BuildExt},
 )

@@ -6,11 +6,10 @@ one engine. Plain HTTP only: TLS, proxies and other people's services go through
 elsewhere.
 """
 
+from areal_fast.http._native import Exchange, Headers
 from areal_fast.http.client import BaseUrl, Client, ClientStats, Reply, StreamReply, parse_base_url
 from areal_fast.http.errors import BrokenReply, ClientError, ConnectFailed, PoolFull, Timeout
-from areal_fast.http.exchange import Exchange
 from areal_fast.http.head import ProtocolError
-from areal_fast.http.headers import Headers
 from areal_fast.http.limits import Limits
 from areal_fast.http.server import Handler, Server
 

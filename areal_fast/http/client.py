@@ -29,9 +29,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from areal_fast.http._native import Headers
 from areal_fast.http.client_connection import Call, EngineConnection, StreamCall
 from areal_fast.http.errors import BrokenReply, ConnectFailed, PoolFull, Timeout
-from areal_fast.http.headers import HeaderPairs, Headers, encode_headers
+from areal_fast.http.headers import HeaderPairs, encode_headers
 
 _TARGET = re.compile(r"/[\x21-\x7e]*")
 _JOIN_BELOW = 65536

@@ -4,7 +4,8 @@ Theory. `_pump` takes events from the parser while nothing stands in the way: no
 reply waits to be sent, the reader keeps up. Whatever ends such a wait calls `_pump` again. So replies leave
 in the order of their requests, a pipelining client queues bytes (bounded, then reading pauses), never work,
 and a client that does not read gets nothing more computed for it. A request answered within the handler's
-call costs no task and no timer.
+call costs no task and no timer. One whole ordinary request that meets a connection at rest takes a shortcut
+through all this (_native.pyx); `_clean` says when it may.
 
 What waits is told apart by one deadline in the server's wheel:
   head incomplete           header_timeout_s (whole head) → 408
@@ -33,12 +34,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, cast
 
-from areal_fast.http.exchange import Buffer, Exchange
+from areal_fast.http._native import Exchange, RequestHead, Shortcut
 from areal_fast.http.fill import WORTH_FILLING, Fill
-from areal_fast.http.head import ProtocolError, RequestHead
+from areal_fast.http.head import ProtocolError
 from areal_fast.http.headers import JSON, error_body
 from areal_fast.http.intake import Intake, Sink
 from areal_fast.http.parser import END, RequestParser
@@ -52,45 +53,30 @@ _RESET = struct.pack("ii", 1, 0)
 _OPEN, _ENDING, _LOST = range(3)
 
 
-class Connection(asyncio.Protocol):
-    """The protocol object of one accepted socket."""
+class Connection(Shortcut, asyncio.Protocol):
+    """The protocol object of one accepted socket. Most requests never come here but go by `Shortcut`."""
 
     __slots__ = (
         "_body",
         "_body_since",
         "_drainers",
-        "_exchange",
         "_fill",
         "_head",
         "_held",
         "_in_head",
-        "_input_ended",
         "_intake",
         "_lingered",
         "_paused_reading",
         "_pumping",
-        "_sending",
-        "_server",
         "_sink",
-        "_state",
         "_streamed",
-        "_transport",
         "_unsent",
         "_wheel",
-        "_write_paused",
-        "due",
-        "filed",
-        "heads",
-        "parser",
-        "peer",
     )
 
     def __init__(self, server: Server, peer: tuple[object, ...]) -> None:
+        super().__init__(server, peer)
         limits = server.limits
-        self.peer = peer
-        self.heads = server.heads
-        self.due = 0
-        self.filed = 0
         self.parser = RequestParser(
             limits.max_body_bytes,
             limits.max_header_bytes,
@@ -98,10 +84,7 @@ class Connection(asyncio.Protocol):
             limits.max_headers,
             server.streamed,
         )
-        self._server = server
         self._wheel = server.wheel
-        self._transport: asyncio.Transport = cast(asyncio.Transport, None)  # until connection_made
-        self._state = _OPEN
         self._head: RequestHead | None = None  # of the request whose body is being read
         self._in_head = False  # part of a head is here, and its deadline runs
         self._body: bytes | bytearray = b""
@@ -111,25 +94,22 @@ class Connection(asyncio.Protocol):
         self._sink: Sink | None = None  # who takes it instead
         self._intake: Intake | None = None  # what reads it, then
         self._streamed = 0  # bytes of it that the sink got
-        self._exchange: Exchange | None = None  # being answered
-        self._sending: Exchange | None = None  # answered; its on_sent waits for the last byte
         self._pumping = False
         self._paused_reading = False
-        self._write_paused = False
         self._unsent = 0  # size of the write buffer when the write deadline was set
-        self._input_ended = False
         self._lingered = 0
         self._drainers: asyncio.Future[None] | None = None
 
     # What the transport calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        self._bind(cast(asyncio.Transport, transport))
         self._transport.set_write_buffer_limits(self._server.limits.write_high_water)
         self._server.opened(self)
         self._wheel.set(self, 1 if self._server.draining else self._server.ticks.idle)
 
-    def data_received(self, data: bytes) -> None:
+    def _received(self, data: bytes) -> None:
+        """What `data_received` does not do by itself."""
         if self._state != _OPEN:
             self._lingered += len(data)
             if self._lingered > self._server.limits.linger_bytes:
@@ -239,7 +219,7 @@ class Connection(asyncio.Protocol):
                             self._refuse_for_now()
                             break
                     if head.expects_continue and head.body_size and not parser.buffered:
-                        self.send(_CONTINUE)
+                        self._send(_CONTINUE)
         except ProtocolError as error:
             self._refuse(error.status, error.detail)
         finally:
@@ -344,6 +324,7 @@ class Connection(asyncio.Protocol):
             if self._server.draining:
                 self._close()
                 return
+            self._clean = self.parser.fresh
             self.due = due = self._wheel.now + ticks.idle
             if not 0 < self.filed <= due:
                 self._wheel.set(self, ticks.idle)
@@ -370,23 +351,16 @@ class Connection(asyncio.Protocol):
         body = self._body
         if type(body) is not bytes:
             body = bytes(body)
-        exchange = self._exchange = Exchange(self, cast(RequestHead, self._head), body, self.peer)
+        head, held = cast(RequestHead, self._head), self._held
         self._head = None
         self._body = b""
-        exchange.held, self._held = self._held, 0
-        exchange.sink, self._sink = self._sink, None
-        server = self._server
-        try:
-            pending = server.handler(exchange)
-        except Exception as error:
-            self._failed(exchange, error)
-            return
-        if pending is not None:
-            self.due = 0
-            exchange.input_ended = self._input_ended
-            server.spawn(self._run(exchange, pending))
-        elif not exchange.finished:
-            self._failed(exchange, RuntimeError("the handler returned without an answer"))
+        self._held = 0
+        sink, self._sink = self._sink, None
+        self._serve(head, body, held, sink)
+
+    def _later(self, exchange: Exchange, pending: Awaitable[None]) -> None:
+        """The handler's answer takes time."""
+        self._server.spawn(self._run(exchange, pending))
 
     async def _run(self, exchange: Exchange, pending: Awaitable[None]) -> None:
         try:
@@ -409,18 +383,7 @@ class Connection(asyncio.Protocol):
 
     # Replies (called by Exchange)
 
-    def keeps_alive(self) -> bool:
-        return not self._server.draining and (not self._input_ended or self.parser.buffered > 0)
-
-    def send(self, data: Buffer) -> None:
-        if self._state == _OPEN:
-            self._transport.write(data)
-
-    def send_all(self, pieces: Sequence[Buffer]) -> None:
-        if self._state == _OPEN:
-            self._transport.writelines(pieces)
-
-    def bound_unsent(self) -> None:
+    def _bound_unsent(self) -> None:
         """Cut a client that lets a streamed reply pile up here."""
         if (
             self._write_paused
@@ -430,13 +393,12 @@ class Connection(asyncio.Protocol):
             self._state = _ENDING
             self._transport.abort()
 
-    def writable(self) -> asyncio.Future[None] | None:
+    def _writable(self) -> asyncio.Future[None] | None:
         """None, or what to wait for before writing more."""
         return self._drainers if self._write_paused and self._state == _OPEN else None
 
-    def exchange_done(self, exchange: Exchange) -> None:
-        """The reply is complete, as far as the handler goes."""
-        self._release(exchange)
+    def _exchange_done(self, exchange: Exchange) -> None:
+        """The reply is complete, as far as the handler goes, and there is more to do than to wait."""
         if self._exchange is not exchange:
             self._report_sent(exchange, False)  # the connection was lost before
             return
@@ -455,10 +417,9 @@ class Connection(asyncio.Protocol):
         elif not self._pumping:
             self._proceed()
 
-    def break_off(self, exchange: Exchange, *, reset: bool) -> None:
+    def _break_off(self, exchange: Exchange, reset: bool) -> None:
         """End the connection so that the reply is seen to be cut; `reset` where a plain end would look
         whole."""
-        self._release(exchange)
         if self._exchange is exchange:
             self._exchange = None
             if reset:
@@ -503,6 +464,10 @@ class Connection(asyncio.Protocol):
         ):
             self._pump()
 
+    def _send(self, data: bytes) -> None:
+        if self._state == _OPEN:
+            self._transport.write(data)
+
     def _refuse_for_now(self) -> None:
         self._refuse(503, "Too many large requests at once. Try again.", b"retry-after: 1\r\n")
 
@@ -510,12 +475,12 @@ class Connection(asyncio.Protocol):
         """Answer what is no request, or none that is wanted, and end."""
         body = error_body(detail)
         head = b"%bcontent-length: %d\r\n%bconnection: close\r\n\r\n" % (
-            self.heads.prefix(status, JSON),
+            self._server.heads.prefix(status, JSON),
             len(body),
             more,
         )
         self._server.refused += 1
-        self.send(head + body)
+        self._send(head + body)
         self._end()
 
     def _drop_request(self) -> None:
@@ -531,14 +496,6 @@ class Connection(asyncio.Protocol):
         if intake is not None and self._state != _LOST:
             intake.leave()
         sink, self._sink = self._sink, None
-        if sink is not None:
-            sink.drop()
-
-    def _release(self, exchange: Exchange) -> None:
-        """The request is answered: its body does not count any more."""
-        self._server.body_bytes -= exchange.held
-        exchange.held = 0
-        sink, exchange.sink = exchange.sink, None
         if sink is not None:
             sink.drop()
 

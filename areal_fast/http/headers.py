@@ -1,19 +1,15 @@
-"""Header fields, as received and as sent.
+"""Header fields as sent. (Those received are _native.Headers.)
 
-Received: names in lower case, in order of arrival; values as bytes without surrounding blanks (Latin-1 on the
-wire; what they mean is for the reader to say). `get` is a dict lookup because handlers do it for every
-request.
-
-Sent: the fixed part of a reply's head is cached by status and content type, the date once a second. No name
-or value from a caller reaches the wire unless it is a token or free of CR, LF and NUL, so that no reply can
-be split by a header (RFC 9110 5.5, RFC 9112 11.1).
+The fixed part of a reply's head is cached by status and content type, the date once a second. No name or
+value from a caller reaches the wire unless it is a token or free of CR, LF and NUL, so that no reply can be
+split by a header (RFC 9110 5.5, RFC 9112 11.1).
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from email.utils import formatdate
 from http import HTTPStatus
 
@@ -28,49 +24,6 @@ _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 _FRAMING = frozenset({b"content-length", b"transfer-encoding", b"connection", b"date", b"content-type"})
 _MAX_CACHED = 256
-
-
-class Headers:
-    """The header fields of one message. Names are compared in lower case."""
-
-    __slots__ = ("_first", "_pairs")
-
-    def __init__(self, pairs: list[tuple[bytes, bytes]]) -> None:
-        self._pairs = pairs
-        first = dict(pairs)
-        if len(first) != len(pairs):
-            first = dict(reversed(pairs))
-        self._first = first
-
-    def get(self, name: bytes, default: bytes | None = None) -> bytes | None:
-        """The first value of `name` (lower case), or `default`."""
-        return self._first.get(name, default)
-
-    def all(self, name: bytes) -> list[bytes]:
-        return [value for key, value in self._pairs if key == name]
-
-    def has_token(self, name: bytes, token: bytes) -> bool:
-        """Whether a comma-separated field (Connection, say) names `token` (lower case)."""
-        return any(
-            part.strip(b" \t").lower() == token for value in self.all(name) for part in value.split(b",")
-        )
-
-    def __contains__(self, name: bytes) -> bool:
-        return name in self._first
-
-    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
-        return iter(self._pairs)
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Headers) and self._pairs == other._pairs
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return f"Headers({self._pairs!r})"
 
 
 def is_token(name: bytes) -> bool:

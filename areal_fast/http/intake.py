@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from areal_fast.http.head import RequestHead
+    from areal_fast.http._native import RequestHead
 
 
 class Sink(Protocol):

@@ -20,12 +20,12 @@ import re
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
+from areal_fast.http._native import RequestHead
 from areal_fast.http.head import (
     CHUNKED,
     UNTIL_EOF,
     ProtocolError,
     ReplyHead,
-    RequestHead,
     parse_reply_head,
     parse_request_head,
 )
@@ -328,6 +328,11 @@ class RequestParser(_Parser):
         else:
             self._state = _FINISHED
         return head
+
+    @property
+    def fresh(self) -> bool:
+        """As it was made: nothing of a message is here, nor was a blank line before one."""
+        return self._state == _HEAD and self._at == len(self._buffer) and not self._blank
 
     def _skip_blank_lines(self) -> None:
         """A few CRLFs may stand before a request (RFC 9112 2.2)."""

@@ -25,9 +25,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from math import inf
 from typing import Any, NamedTuple, TypeAlias
 
+from areal_fast.http._native import Common, Exchange, RequestHead
 from areal_fast.http.connection import Connection
-from areal_fast.http.exchange import Exchange
-from areal_fast.http.head import RequestHead
 from areal_fast.http.headers import ReplyHeads
 from areal_fast.http.intake import Sinks
 from areal_fast.http.limits import Limits
@@ -56,7 +55,7 @@ def log_error(what: str, error: Exception) -> None:
     _log.error("%s failed", what, exc_info=error)
 
 
-class Server:
+class Server(Common):
     """HTTP/1.1 on one event loop.
 
     `handler` gets every whole request. It answers before it returns None, or returns an awaitable that
@@ -93,10 +92,8 @@ class Server:
             wheel.ticks(limits.write_timeout_s),
             wheel.ticks(limits.linger_timeout_s),
         )
-        self.draining = False
+        self.bind(limits, self.ticks.idle)
         self.accepted = 0  # connections since the start
-        self.refused = 0  # requests refused here, before any handler
-        self.body_bytes = 0  # of all bodies not yet answered; written by connections
         self.max_bodies = max(limits.max_bodies_bytes, limits.max_body_bytes)
         self.ticks_a_byte = 1 / (limits.min_body_bytes_s * wheel.tick_s) if limits.min_body_bytes_s else inf
         self.ticks_a_streamed_byte = 1 / (limits.min_stream_bytes_s * wheel.tick_s)

@@ -119,6 +119,8 @@ _many_decoder = msgspec.json.Decoder(_ExportMany)
 def wants_json(content_type: bytes | None, body: bytes) -> None:
     """Raise InvalidBody unless the content type is JSON (application/json or +json). A body of another type
     is, to these endpoints, a string and not an object; no body is a missing one."""
+    if content_type == b"application/json":
+        return
     kind = (content_type or b"").split(b";", 1)[0].strip().lower()
     main, _, sub = kind.partition(b"/")
     if not body or (main == b"application" and (sub == b"json" or sub.endswith(b"+json"))):

@@ -21,6 +21,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from areal_fast.errors import (
     ExportBusy,
     InteractionNotFound,
@@ -43,59 +45,34 @@ RECORD_HEADER_BYTES = 64
 Record = tuple[int, int, int, int, int, bytes, int]
 
 
-class Interaction:
+class Interaction(msgspec.Struct, gc=False, eq=False):
     """One recorded request and answer. `reward` is None until one is set. String interactions have no tokens:
-    `meta` is None and `messages_size` tells their data apart."""
+    `meta` is None and `messages_size` tells their data apart. (Folds hold no cycles, so the collector need
+    not look at what they are made of.)"""
 
-    __slots__ = (
-        "fate",
-        "interaction_id",
-        "messages_size",
-        "meta",
-        "nbytes",
-        "offset",
-        "ordinal",
-        "reward",
-        "seq",
-        "trajectory",
-    )
-
-    def __init__(
-        self,
-        ordinal: int,
-        trajectory: int,
-        interaction_id: str,
-        offset: int,
-        nbytes: int,
-        meta: rec.InteractionMeta | None,
-        messages_size: int = 0,
-    ) -> None:
-        self.ordinal = ordinal
-        self.trajectory = trajectory
-        self.interaction_id = interaction_id
-        self.offset = offset
-        self.nbytes = nbytes
-        self.meta = meta
-        self.messages_size = messages_size
-        self.seq = 0
-        self.reward: float | None = None
-        self.fate = retries.UNKNOWN
+    ordinal: int
+    trajectory: int
+    interaction_id: str
+    offset: int
+    nbytes: int
+    meta: rec.InteractionMeta | None
+    messages_size: int = 0
+    seq: int = 0
+    reward: float | None = None
+    fate: int = retries.UNKNOWN
 
 
-class Trajectory:
+class Trajectory(msgspec.Struct, gc=False, eq=False):
     """Interactions by ordinal, in the order their records came; `in_order` sorts. `courier`: see
     records.py. `by_prefix`: the first interaction with this hash of messages and answer (concat.py).
     `by_asked`: the interactions with this hash of body or key (retries.py)."""
 
-    __slots__ = ("by_asked", "by_prefix", "courier", "index", "interactions", "reward_ordinal")
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.interactions: dict[int, Interaction] = {}
-        self.by_prefix: dict[bytes, int] = {}
-        self.by_asked: dict[bytes, list[int]] = {}
-        self.reward_ordinal = -1
-        self.courier = rec.NO_COURIER
+    index: int
+    interactions: dict[int, Interaction] = {}
+    by_prefix: dict[bytes, int] = {}
+    by_asked: dict[bytes, list[int]] = {}
+    reward_ordinal: int = -1
+    courier: int = rec.NO_COURIER
 
     def add(self, interaction: Interaction) -> None:
         ordinal, m = interaction.ordinal, interaction.meta
@@ -252,6 +229,12 @@ class SessionState:
         reading it again. `head` is the log's word now, `nbytes` of meta and data."""
         nbytes += RECORD_HEADER_BYTES
         self._add(Interaction(m.ordinal, m.trajectory, m.interaction_id, offset, nbytes, m))
+        self.head = head
+
+    def append_reward(self, head: int, meta: bytes) -> None:
+        """As `append`, over the one REWARD with this meta."""
+        self.dead_bytes += RECORD_HEADER_BYTES + len(meta)
+        self._reward(*rec.unpack_reward(meta))
         self.head = head
 
     def _add(self, interaction: Interaction) -> None:

@@ -25,8 +25,11 @@ class Keys:
 
     def __init__(self, admin_api_key: str) -> None:
         self._admin = admin_api_key.encode()
+        self._admin_header = b"Bearer " + self._admin
 
     def is_admin(self, token: bytes) -> bool:
+        if token.isascii():
+            return hmac.compare_digest(token, self._admin)
         return self.is_admin_text(as_text(token))
 
     def is_admin_text(self, key: str) -> bool:
@@ -35,6 +38,8 @@ class Keys:
 
     def require_admin(self, authorization: bytes | None) -> None:
         """Unauthorized (401) without a bearer token, Forbidden (403) with a wrong one."""
+        if authorization is not None and hmac.compare_digest(authorization, self._admin_header):
+            return  # as nearly everyone writes it
         if not self.is_admin(require_bearer(authorization)):
             raise Forbidden("Invalid admin API key.")
 

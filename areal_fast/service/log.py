@@ -39,6 +39,11 @@ class Log:
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
 
+    @property
+    def tells(self) -> bool:
+        """Whether `info` writes anything: for who would only make its fields for it."""
+        return self.threshold <= RANKS["info"]
+
     def debug(self, event: str, /, **fields: object) -> None:
         self.emit("debug", event, fields)
 

@@ -29,7 +29,7 @@ from areal_fast.shards.store import checked_name
 
 if TYPE_CHECKING:
     from areal_fast.http import Exchange
-    from areal_fast.http.head import RequestHead
+    from areal_fast.http._native import RequestHead
     from areal_fast.service.chat import Chats
     from areal_fast.service.control import Control
     from areal_fast.service.gpu import GpuShards
@@ -165,7 +165,8 @@ class Routes:
             group = self._store.start(body.task_id, body.api_key or None, body.group_size)
             first_id, first_key = group.sessions[0]
             self._store.arena.count(SESSIONS_STARTED, len(group.sessions))
-            self._log.info("started", sessions=[i for i, _ in group.sessions], group=group.group_id)
+            if self._log.tells:
+                self._log.info("started", sessions=[i for i, _ in group.sessions], group=group.group_id)
             respond_json(
                 exchange,
                 {
@@ -192,13 +193,14 @@ class Routes:
                 return
             with session:
                 result = session.set_reward(body.reward, body.interaction_id or None)
-            self._log.info(
-                "rewarded",
-                session=result.session_id,
-                trajectory=result.trajectory_id,
-                reward=body.reward,
-                ready=result.trajectory_ready,
-            )
+            if self._log.tells:
+                self._log.info(
+                    "rewarded",
+                    session=result.session_id,
+                    trajectory=result.trajectory_id,
+                    reward=body.reward,
+                    ready=result.trajectory_ready,
+                )
             respond_json(
                 exchange,
                 {

@@ -11,6 +11,7 @@ until told to drain: stop accepting, let requests in flight end (those too whose
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -58,6 +59,8 @@ BODIES_BYTES = 256 << 20
 """What all request bodies in one worker may hold together, or one largest body if that is more."""
 MAX_CONNECTIONS = 16384
 OWN_DESCRIPTORS = 64
+GC_THRESHOLDS = (2_000, 5, 100)
+"""New objects before the youngest are looked at; then so many of each before the next older are."""
 
 
 def raise_descriptor_limit() -> int:
@@ -73,6 +76,14 @@ def room_for_connections(descriptors: int) -> int:
     """Clients at a time, so that descriptors remain for the engine, whose calls need one each, and for
     ourselves: accepting until none is left would fail the requests of those who are in."""
     return max(8, min(MAX_CONNECTIONS, descriptors - max(OWN_DESCRIPTORS, descriptors // 4)))
+
+
+def settle_garbage_collector() -> None:
+    """What exists now lives as long as the process: never look at it again. And look at all that came later
+    less often: the folds of sessions are long-lived and hold no cycles."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 class Worker:
@@ -292,7 +303,9 @@ def main() -> None:
     tokenizer, tools = _tokenizer(me), _tools(me)
 
     async def live() -> None:
-        await Worker(me, tokenizer, tools).run()
+        worker = Worker(me, tokenizer, tools)
+        settle_garbage_collector()
+        await worker.run()
 
     uvloop.run(live())
     sys.stderr.flush()

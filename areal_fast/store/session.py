@@ -180,16 +180,18 @@ class Session:
             deadline_ns = store.now_ns() + timeout_ns if timeout_ns > 0 else 0
             decision = state.reward(reward, interaction_id, deadline_ns, store.courier)
             if decision.append is not None:
+                index = state.active.index
                 try:
-                    store.arena.append(
+                    head = store.arena.append(
                         self.slot, rec.REWARD, decision.append, expect=state.head, critical=True
                     )
                 except HeadMoved:
                     continue
+                state.append_reward(head, decision.append)
                 if deadline_ns:
                     store.deadline_set(self.slot, deadline_ns, hint=not state.untold())
                 else:
-                    store.became_ready(self.slot, self.session_id, state.active.index)
+                    store.became_ready(self.slot, self.session_id, index)
                 store.compact(self.slot)
             return RewardResult(
                 self.session_id, decision.interaction_count, decision.trajectory_id, decision.ready_transition

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import os
-from base64 import b64encode
+from binascii import b2a_base64
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from areal_fast.core._core import Arena
 
 HITL_SESSION_ID = "__hitl__"
+KEY_BYTES = 32
+GROUP_ID_BYTES = 16
+_URL_SAFE = bytes.maketrans(b"+/", b"-_")
 SCAN_PAGE = 1024
 MAX_READY_EVENTS = 65536
 
@@ -125,14 +128,17 @@ class SessionStore:
         size = max(group_size, 1)
         task = task_id.encode()
         if size == 1:
-            _, session_id, key = self._start_one(task, api_key, 0)
-            return StartedGroup(_group_id(), [(session_id, key)])
+            chance = os.urandom(KEY_BYTES + GROUP_ID_BYTES)  # one system call for both
+            key = api_key or _key(chance[:KEY_BYTES])
+            session_id = self._start_one(task, key, 0)[1]
+            return StartedGroup(_group_id(chance[KEY_BYTES:]), [(session_id, key)])
         txn = self.arena.txn_begin()
         slots: list[int] = []
         started: list[tuple[str, str]] = []
         try:
             for i in range(size):
-                slot, session_id, key = self._start_one(task, api_key if i == 0 else None, txn)
+                key = (api_key if i == 0 else None) or _key(os.urandom(KEY_BYTES))
+                slot, session_id = self._start_one(task, key, txn)
                 slots.append(slot)
                 if self.note_members:
                     self.arena.append(slot, rec.MEMBER, rec.pack_member(i))
@@ -142,10 +148,10 @@ class SessionStore:
             raise
         self.arena.txn_commit(txn)
         self._settle_group(txn, True, slots)
-        return StartedGroup(_group_id(), started)
+        return StartedGroup(_group_id(os.urandom(GROUP_ID_BYTES)), started)
 
-    def _start_one(self, task: bytes, api_key: str | None, txn: int) -> tuple[int, str, str]:
-        key = api_key or b64encode(os.urandom(32), b"-_")[:43].decode()
+    def _start_one(self, task: bytes, key: str, txn: int) -> tuple[int, str]:
+        """The new session's slot and id."""
         rebind_from = -1
         while True:
             try:
@@ -155,7 +161,7 @@ class SessionStore:
                     raise IndexBusy from None
                 rebind_from = self._rebindable(exc.slot)
                 continue
-            return slot, session_id.decode(), key
+            return slot, session_id.decode()
 
     def _rebindable(self, slot: int) -> int:
         """The slot, if its session has a ready trajectory, so that its key may move; -1 if it is gone."""
@@ -369,7 +375,12 @@ class SessionStore:
         return self.cleaner.dump_all(dump_path or None, deadline_ns)
 
 
-def _group_id() -> str:
+def _key(chance: bytes) -> str:
+    """A session's key: 32 random bytes, url-safe base64 without padding."""
+    return b2a_base64(chance, newline=False).translate(_URL_SAFE, b"=").decode()
+
+
+def _group_id(chance: bytes) -> str:
     """`grp-` and a random UUID (version 4)."""
-    x = os.urandom(16).hex()
+    x = chance.hex()
     return f"grp-{x[:8]}-{x[8:12]}-4{x[13:16]}-{'89ab'[int(x[16], 16) & 3]}{x[17:20]}-{x[20:]}"

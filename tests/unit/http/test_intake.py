@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from areal_fast.http import Exchange, Limits
-from areal_fast.http.head import RequestHead
+from areal_fast.http._native import RequestHead
 from tests.unit.http.serving import get, post, serving, until
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]

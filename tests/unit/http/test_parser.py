@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from areal_fast.http import head
-from areal_fast.http.head import CHUNKED, UNTIL_EOF, ProtocolError, ReplyHead, RequestHead
+from areal_fast.http._native import RequestHead
+from areal_fast.http.head import CHUNKED, UNTIL_EOF, ProtocolError, ReplyHead
 from areal_fast.http.parser import END, ReplyParser, RequestParser
 from tests.unit.http.serving import chunked, get, post
 

@@ -1,0 +1,221 @@
+"""The short way of a request (_native.pyx) against the long one: same heads, same replies, same state.
+
+`read_head` may decline anything; what it takes must mean what llhttp and head.py make of it. A connection
+that gets its input in one piece, and so may take the short way, must answer as one that gets it byte by byte,
+which never does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from areal_fast.http import Exchange, Limits, Server
+from areal_fast.http._native import RequestHead, read_head
+from areal_fast.http.connection import Connection
+from areal_fast.http.head import _parse_request_head
+from tests.unit.http.serving import chunked, get, post
+from tests.unit.http.test_parser import SMUGGLING
+
+names = st.sampled_from(
+    [
+        "Host",
+        "host",
+        "Content-Length",
+        "Connection",
+        "Authorization",
+        "Accept",
+        "Accept-Encoding",
+        "User-Agent",
+    ]
+    + ["Content-Type", "Transfer-Encoding", "Expect", "Upgrade", "Proxy-Connection", "Idempotency-Key", "X_y"]
+    + ["X Y", "", "X:", "Hos t", "content-lengt", "h\x00st", "é"]
+)
+values = st.one_of(
+    st.sampled_from(["a", "0", "5", "005", "+5", "5 ", "5,5", " a ", "", "\t", "a\tb", "close", "Keep-Alive"])
+    | st.sampled_from(
+        ["keep-alive, close", "chunked", "100-continue", "Bearer ", "Bearer  x ", "9" * 20, "é"]
+    )
+    | st.sampled_from(["a\rb", "a\nb", "a\x00", "a\x7fb", "a\r\n b"]),
+    st.text(max_size=6),
+)
+targets = st.one_of(
+    st.sampled_from(
+        ["/", "/a/b", "/a?b=c&d", "/a?b?c", "/%41", "/a#b", "*", "http://h/p", "//x", "a", "/é", "/a b"]
+    )
+    | st.sampled_from(
+        ["/rl/start_session", "/v1/chat/completions", "/~a;b,c='(d)'", '/"', "/a\\b", "/?", "/|"]
+    ),
+    st.text(max_size=5).map(lambda text: "/" + text),
+)
+methods = st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "CONNECT", "get", "POSTS", "P"])
+versions = st.sampled_from(["HTTP/1.1"] * 6 + ["HTTP/1.0", "HTTP/2.0", "http/1.1", "HTTP/1.10", ""])
+ends = st.sampled_from(["\r\n"] * 12 + ["\n", "\r", "\r\r\n"])
+
+
+@st.composite
+def heads(draw: st.DrawFn) -> bytes:
+    """One head, usual or not, that ends with its first empty line."""
+    lines = [f"{draw(methods)} {draw(targets)} {draw(versions)}"]
+    fields = draw(
+        st.lists(st.tuples(names, st.sampled_from([":", ": ", ":  ", " :", ":\t"]), values), max_size=6)
+    )
+    if draw(st.integers(0, 4)):
+        fields.insert(0, ("Host", ": ", "a"))
+    lines += ["".join(field) for field in fields]
+    text = "".join(line + draw(ends) for line in lines) + "\r\n"
+    block = text.encode("utf-8", "surrogatepass")
+    return block[: block.find(b"\r\n\r\n") + 4] if b"\r\n\r\n" in block else block + b"\r\n\r\n"
+
+
+def plain(head: RequestHead) -> tuple[Any, ...]:
+    return (
+        (head.method, head.path, head.query, list(head.headers), head.http11)
+        + (head.keep_alive, head.body_size, head.expects_continue)
+        + tuple(head.headers.get(name) for name, _ in head.headers)
+    )
+
+
+@settings(max_examples=500, deadline=None)
+@given(heads())
+@example(b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 005\r\n\r\n")
+@example(b"GET / HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer x\r\nConnection: Close\r\n\r\n")
+def test_what_is_taken_means_the_same_to_llhttp(block: bytes) -> None:
+    head = read_head(block)
+    if head is not None:
+        assert plain(head) == plain(_parse_request_head(block))
+
+
+@pytest.mark.parametrize("name", sorted(SMUGGLING))
+def test_no_attack_is_taken(name: str) -> None:
+    data = SMUGGLING[name]
+    end = data.find(b"\r\n\r\n") + 4
+    head = read_head(data[:end])
+    if head is not None:
+        assert plain(head) == plain(_parse_request_head(data[:end]))
+
+
+def test_usual_heads_are_taken_and_cut_ones_are_not() -> None:
+    block = (
+        b"POST /rl/set_reward?a=b HTTP/1.1\r\nhost: 127.0.0.1:8082\r\nAccept: */*\r\nUser-Agent: x/1 (y)\r\n"
+        b"Content-Type: application/json\r\nauthorization: Bearer abc-_=\r\nAccept-Encoding: gzip, br\r\n"
+        b"X-Request-Id: 7\r\nConnection: keep-alive\r\ncontent-length:17\r\n\r\n"
+    )
+    head = read_head(block)
+    assert head is not None and plain(head) == plain(_parse_request_head(block))
+    assert all(read_head(block[:size]) is None for size in range(len(block)))
+    assert read_head(block + b"x") is None
+    assert read_head(b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: y\r\n" * 40 + b"\r\n") is None
+
+
+class Sink(asyncio.Transport):
+    """Takes what is written. Never full."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = bytearray()
+        self.closed = False
+
+    def write(self, data: Any) -> None:
+        self.written += data
+
+    def writelines(self, pieces: Iterable[Any]) -> None:
+        for piece in pieces:
+            self.written += piece
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def abort(self) -> None:
+        self.closed = True
+
+    def write_eof(self) -> None: ...
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+
+
+LIMITS = Limits(
+    max_body_bytes=200, max_header_bytes=300, max_request_line_bytes=100, max_headers=8, small_body_bytes=50
+)
+Handler = Callable[[Exchange], Awaitable[None] | None]
+
+
+def at_once(exchange: Exchange) -> None:
+    seen = [exchange.method, exchange.path, exchange.query, list(exchange.headers), exchange.body]
+    exchange.respond(200, repr(seen).encode())
+
+
+async def _later(exchange: Exchange) -> None:
+    await asyncio.sleep(0)
+    at_once(exchange)
+
+
+def later(exchange: Exchange) -> Awaitable[None]:
+    return _later(exchange)
+
+
+async def answers(handler: Handler, pieces: list[bytes]) -> tuple[bytes, tuple[Any, ...]]:
+    """What is written for `pieces` (without dates), and the state it ends in."""
+    server = Server(handler, LIMITS)
+    server._loop = asyncio.get_running_loop()
+    connection, sink = Connection(server, ("127.0.0.1", 1)), Sink()
+    connection.connection_made(sink)
+    for piece in pieces:
+        connection.data_received(piece)
+        while connection._exchange is not None:
+            await asyncio.sleep(0)
+    rest = connection._clean or connection._state != 0
+    state = (connection.idle, rest, connection.due > 0, connection._state, server.body_bytes, server.refused)
+    server.wheel.stop()
+    return re.sub(rb"date: [^\r]*", b"date:", bytes(sink.written)), state
+
+
+body = st.binary(max_size=60)
+requests = st.one_of(
+    st.builds(get, st.sampled_from(["/", "/a?b", "/%41"]), st.sampled_from(["X: y", "Connection: close"])),
+    st.builds(post, body),
+    st.builds(post, st.binary(min_size=180, max_size=220)),
+    st.builds(lambda n: get("/" + "t" * n), st.integers(80, 100)),
+    st.builds(lambda n: get("/", "X: " + "v" * n), st.integers(240, 280)),
+    st.builds(lambda n: get("/", *[f"X{i}: y" for i in range(n)]), st.integers(5, 9)),
+    st.just(b"\r\n"),
+    st.builds(chunked, body.filter(bool)),
+    st.sampled_from(sorted(SMUGGLING.values())),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(requests, min_size=1, max_size=4), st.sampled_from([at_once, later]))
+def test_one_piece_is_answered_as_many_are(messages: list[bytes], handler: Handler) -> None:
+    async def both() -> None:
+        whole = await answers(handler, messages)
+        cut = await answers(handler, [bytes([byte]) for message in messages for byte in message])
+        assert whole == cut
+
+    asyncio.run(both())
+
+
+def test_usual_requests_take_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    long: list[bytes] = []
+    whole = Connection._received
+    monkeypatch.setattr(Connection, "_received", lambda self, data: (long.append(data), whole(self, data))[1])
+    usual = [get("/health"), get("/health"), post(b"{}", "/rl/start_session"), post(b"x" * 60), get("/a?b")]
+    for handler in (at_once, later):
+        written, state = asyncio.run(answers(handler, usual))
+        assert written.count(b"HTTP/1.1 200 OK") == len(usual) and state == (True, True, True, 0, 0, 0)
+    assert long == []
+    asyncio.run(answers(at_once, [get() + get(), get(), post(b"x" * 201)]))
+    assert len(long) == 2
