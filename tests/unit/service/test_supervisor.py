@@ -52,6 +52,9 @@ class Books:
     def word(self, i: int) -> int:
         return self.words[i]
 
+    def set_word(self, i: int, value: int) -> None:
+        self.words[i] = value
+
     def add_word(self, i: int, v: int) -> int:
         self.words[i] += v
         return self.words[i]
