@@ -1,6 +1,6 @@
-"""Builds two extensions: the Cython edge with the whole C core in a single shared object, and the device
-pool's edge over csrc/cuda.c, which only the keeper and its clients import. Each exports nothing but its
-module init. Everything else about the package is in pyproject.toml.
+"""Builds three extensions: the Cython edge with the whole C core in a single shared object, the device
+pool's edge over csrc/cuda.c, which only the keeper and its clients import, and the edge over csrc/tokens.c,
+which knows no arena. Each exports nothing but its module init. Everything else about the package is in pyproject.toml.
 
 Environment, read at build time only:
   AREAL_FAST_SANITIZE=address|undefined|thread   an instrumented build (run under the matching LD_PRELOAD)
@@ -54,6 +54,7 @@ class BuildExt(build_ext):
 
 
 CUDA = "csrc/cuda.c"
+TOKENS = "csrc/tokens.c"
 
 
 def extension(name, sources, **more):
@@ -70,10 +71,11 @@ def extension(name, sources, **more):
     )
 
 
-core = extension("_core", [source for source in sorted(glob("csrc/*.c")) if source != CUDA])
+core = extension("_core", [source for source in sorted(glob("csrc/*.c")) if source not in (CUDA, TOKENS)])
 cuda = extension("_cuda", [CUDA], libraries=["dl"])  # where dlopen lives before glibc 2.34
+tokens = extension("_tokens", [TOKENS])
 
 setup(
-    ext_modules=cythonize([core, cuda], compiler_directives={"language_level": "3"}),
+    ext_modules=cythonize([core, cuda, tokens], compiler_directives={"language_level": "3"}),
     cmdclass={"build_ext": BuildExt},
 )

@@ -29,9 +29,9 @@ import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 
-import msgspec
 from tokenizers import AddedToken, Tokenizer
 
+from areal_fast.core._tokens import ids_text
 from areal_fast.engine.words import Unsupported, WordEncoder
 
 # what an entry costs beside its three buffers: str, two bytes objects, tuple, dictionary slot
@@ -64,7 +64,7 @@ class Prompt:
                 values.extend(view.tolist())
         else:
             values = array("i", ids)
-        return cls(values.tobytes(), msgspec.json.encode(values.tolist())[1:-1])
+        return cls(values.tobytes(), ids_text(values)[:-1])
 
     def __len__(self) -> int:
         return len(self.data) // 4
@@ -335,7 +335,8 @@ def probes(tokens: Sequence[str]) -> Iterable[str]:
 
 
 def _entry(ids: Sequence[int]) -> _Entry:
-    return (array("i", ids).tobytes(), msgspec.json.encode(ids)[1:-1] + b",") if ids else (b"", b"")
+    values = array("i", ids).tobytes()
+    return values, ids_text(values)
 
 
 def _cost(segment: str, entry: _Entry) -> int:
