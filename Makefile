@@ -68,7 +68,7 @@ lint: build ## ruff, mypy --strict, stubtest, cython-lint; clang-format where in
 	$(PY) -m ruff check $(wildcard $(RUFF_PATHS))
 	$(PY) -m ruff format --check $(wildcard $(RUFF_PATHS))
 	$(PY) -m mypy
-	$(PY) -m mypy.stubtest areal_fast.core._core areal_fast.core._cuda areal_fast.core._tokens
+	$(PY) -m mypy.stubtest areal_fast.core._core areal_fast.core._cuda areal_fast.core._tokens areal_fast.core._messages
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint areal_fast/core/*.px[dyi]
 	@if clang-format --version 2>/dev/null | grep -q 'version $(CLANG_FORMAT)\.'; then \
 	  echo clang-format --dry-run; clang-format --dry-run -Werror csrc/*.[ch]; \
@@ -121,6 +121,6 @@ soak: soak-churn ## soak-churn, then random kills, the fuzzers and the property 
 	HYPOTHESIS_PROFILE=thorough $(PY) -m pytest -q tests/property --timeout 3600 $(ARGS)
 
 clean: ## everything that was built, .venv included
-	rm -rf build .venv .venv-areal *.egg-info areal_fast/core/_core.c areal_fast/core/_cuda.c areal_fast/core/_tokens.c areal_fast/core/_*.so
+	rm -rf build .venv .venv-areal *.egg-info areal_fast/core/_core.c areal_fast/core/_cuda.c areal_fast/core/_tokens.c areal_fast/core/_messages.c areal_fast/core/_*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@! test -e tests/c/Makefile || $(MAKE) -C tests/c clean

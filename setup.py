@@ -1,6 +1,7 @@
-"""Builds three extensions: the Cython edge with the whole C core in a single shared object, the device
-pool's edge over csrc/cuda.c, which only the keeper and its clients import, and the edge over csrc/tokens.c,
-which knows no arena. Each exports nothing but its module init. Everything else about the package is in pyproject.toml.
+"""Builds four extensions: the Cython edge with the whole C core in a single shared object; the device pool's
+edge over csrc/cuda.c, which only the keeper and its clients import; and two that know no arena, over
+csrc/tokens.c and csrc/messages.c. Each exports nothing but its module init. Everything else about the package
+is in pyproject.toml.
 
 Environment, read at build time only:
   AREAL_FAST_SANITIZE=address|undefined|thread   an instrumented build (run under the matching LD_PRELOAD)
@@ -53,8 +54,7 @@ class BuildExt(build_ext):
         super().build_extensions()
 
 
-CUDA = "csrc/cuda.c"
-TOKENS = "csrc/tokens.c"
+APART = {"_cuda": "csrc/cuda.c", "_tokens": "csrc/tokens.c", "_messages": "csrc/messages.c"}
 
 
 def extension(name, sources, **more):
@@ -71,11 +71,11 @@ def extension(name, sources, **more):
     )
 
 
-core = extension("_core", [source for source in sorted(glob("csrc/*.c")) if source not in (CUDA, TOKENS)])
-cuda = extension("_cuda", [CUDA], libraries=["dl"])  # where dlopen lives before glibc 2.34
-tokens = extension("_tokens", [TOKENS])
+core = extension("_core", [source for source in sorted(glob("csrc/*.c")) if source not in APART.values()])
+cuda = extension("_cuda", [APART["_cuda"]], libraries=["dl"])  # where dlopen lives before glibc 2.34
+others = [extension(name, [APART[name]]) for name in ("_tokens", "_messages")]
 
 setup(
-    ext_modules=cythonize([core, cuda, tokens], compiler_directives={"language_level": "3"}),
+    ext_modules=cythonize([core, cuda, *others], compiler_directives={"language_level": "3"}),
     cmdclass={"build_ext": BuildExt},
 )

@@ -200,6 +200,15 @@ class SegmentEncoder:
         encodings = self._tokenizer.encode_batch_fast(list(segments), add_special_tokens=False)
         return [_entry(encoding.ids) for encoding in encodings]
 
+    def segment_within(self, segment: str, work: int) -> tuple[_Entry, int] | None:
+        """(int32 ids, JSON digits with commas) of text in which no token cuts, and how much work that was;
+        None if it would be more than `work`. Nothing is kept of it. The cache must be on."""
+        entry = self._young.get(segment) or self._old.get(segment)
+        if entry is not None:
+            return entry, 0
+        cost = self.work_of((segment,))
+        return (self._encode_segment(segment), cost) if cost <= work else None
+
     def _encode_segment(self, segment: str) -> _Entry:
         if self._words is not None:
             ids = self._words.encode(segment)
@@ -233,6 +242,17 @@ class SegmentEncoder:
         """What the young generation holds; the old one holds at most `limit_bytes` / 2 and one prompt
         more."""
         return self._young_bytes
+
+    @property
+    def cut(self) -> re.Pattern[str] | None:
+        """Splits text into segments and, between them, the tokens at which it is cut; None: the cache is
+        off."""
+        return self._cut
+
+    @property
+    def tokens(self) -> list[str]:
+        """The tokens at which text is cut."""
+        return [token for token in self._specials if token]
 
     # -- inside
     # -----------------------------------------------------------------------------------------------------

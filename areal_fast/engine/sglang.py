@@ -206,7 +206,8 @@ def _quickly(body: bytes) -> Attempt | None:
     """An answer in the usual form, its rows read straight into arrays; None: read it in the general way.
 
     The rows are looked for by their name. A quote that is not escaped and begins it is a member's, or the
-    rest of the answer would not be JSON; a second one, or one in another place, leaves no mark in meta_info."""
+    rest of the answer would not be JSON; a second one, or one in another place, leaves no mark in
+    meta_info."""
     at = body.find(_ROWS)
     if at < 1 or body[at - 1] == 0x5C:
         return None

@@ -32,6 +32,7 @@ from tokenizers import Tokenizer as Encoder
 from areal_fast.core._tokens import TokenBytes
 from areal_fast.engine.detokenize import BytePieces, Pieces, WholePieces, WindowPieces, byte_alphabet
 from areal_fast.engine.folder import Folder, TokenizerError, clean_up, load_folder, needs_own_code
+from areal_fast.engine.known import KnownChats
 from areal_fast.engine.segments import Prompt, SegmentEncoder
 from areal_fast.engine.templates import ChatTemplate, TemplateFailed, check_template_kwargs
 
@@ -128,7 +129,8 @@ class HfTokenizer:
     """A tokenizer from a Hugging Face folder. Implements Tokenizer."""
 
     def __init__(self, folder: Folder, *, cache_bytes: int = 32 << 20) -> None:
-        """`cache_bytes` bounds the segment cache; 0 switches it off. Raises TokenizerError."""
+        """`cache_bytes` bounds the caches of segments and of messages; 0 switches them off. Raises
+        TokenizerError."""
         self._encoder = folder.tokenizer
         self._clean_up = folder.clean_up_spaces
         try:
@@ -136,7 +138,10 @@ class HfTokenizer:
         except TemplateFailed as error:
             raise TokenizerError(str(error)) from error
         self.named_tokens = folder.named_tokens
-        self.segments = SegmentEncoder(self._encoder, limit_bytes=cache_bytes)
+        self.segments = SegmentEncoder(self._encoder, limit_bytes=cache_bytes // 2)
+        self.known = KnownChats(
+            self.template, self.segments, OFFLOAD_CHARS, limit_bytes=cache_bytes - cache_bytes // 2
+        )
         self.vocab_size: int = self._encoder.get_vocab_size(with_added_tokens=True)
         self.eos_id = self._id_of("eos_token")
         pad_id = self._id_of("pad_token")

@@ -1,5 +1,6 @@
-"""An engine's rows read in C against msgspec; ids as text; a vocabulary's bytes. What the quick reader accepts reads
-exactly as the general one reads it; what it does not accept goes to the general one, so it may not crash either."""
+"""An engine's rows read in C against msgspec; ids as text; a vocabulary's bytes. What the quick reader
+accepts reads exactly as the general one reads it; what it does not accept goes to the general one, so it may
+not crash either."""
 
 import json
 import struct
@@ -53,8 +54,8 @@ def generally(body: bytes) -> sglang.Attempt | None:
 
 def answer(rows: str, before: str = "", after: str = "") -> bytes:
     return (
-        '{"text":"t","meta_info":{"finish_reason":{"type":"stop"},%s"output_token_logprobs":%s%s}}'
-        % (before, rows, after)
+        f'{{"text":"t","meta_info":{{"finish_reason":{{"type":"stop"}},{before}'
+        f'"output_token_logprobs":{rows}{after}}}}}'
     ).encode()
 
 

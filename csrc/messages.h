@@ -1,0 +1,34 @@
+/* messages.h: where the messages of a chat lie in its body, and a hash to know them again by. No arena, no allocation.
+ *
+ * Everything reads only what it is given, whatever that is: bodies come from clients.
+ * areal_fast/core/_messages.pyx is the edge. */
+#ifndef AREALFAST_MESSAGES_H
+#define AREALFAST_MESSAGES_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct {
+    size_t start;
+    size_t stop; /* of the character behind */
+} af_range;
+
+enum {
+    AF_SCAN_NO = -1,   /* not a body of the usual form: read it in another way */
+    AF_SCAN_MANY = -2, /* more messages than there is room for */
+};
+
+/* Find the elements of the array `messages` of the JSON object in `body`.
+ *
+ * Returns how many there are, all of them objects, and in *array the whole array with its brackets. This is no
+ * parser: what is promised holds if each element, and the body with anything of one element in place of the array, are
+ * valid JSON (by the caller's parser, or because the very same bytes were found valid before). Then the body is valid,
+ * the elements are what a parser finds in its only member of this name, and the rest is the rest.
+ * A body with such a member twice, or with an escape in the name of any member, is AF_SCAN_NO. */
+ptrdiff_t af_messages_scan(const char *body, size_t n, af_range *messages, size_t room, af_range *array);
+
+/* 64 bits that are the same for the same bytes and seed, and else as good as random to who does not know the seed.
+ * Not cryptographic: equal hashes are to be confirmed. */
+uint64_t af_messages_hash(const char *data, size_t n, uint64_t seed);
+
+#endif
