@@ -181,9 +181,10 @@ cdef class KnownMessages:
             self.old, self.young, self.young_bytes = self.young, {}, 0
         return 0
 
-    def add(self, Message m not None, context, bytes ids not None, bytes text not None):
-        m.context, m.ids, m.text = context, ids, text
-        self.keep(af_messages_hash(PyBytes_AS_STRING(m.raw), <size_t> PyBytes_GET_SIZE(m.raw), self.seed), m)
+    def add(self, Message message not None, context, bytes ids not None, bytes text not None):
+        message.context, message.ids, message.text = context, ids, text
+        self.keep(
+            af_messages_hash(PyBytes_AS_STRING(message.raw), <size_t> PyBytes_GET_SIZE(message.raw), self.seed), message)
 
     @staticmethod
     def roles(list messages not None):
