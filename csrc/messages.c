@@ -5,8 +5,14 @@
  * enough because nothing here decides about validity: in a valid text the count is right, and an invalid one is found
  * out by the parser that reads the parts.
  *
- * Hash: 32 bytes a step in two chains of 64 x 64 -> 128 bit multiplications whose halves are folded together, the
- * multiplicands mixed with the seed (the construction of wyhash; github.com/wangyi-fudan/wyhash). */
+ * Digest: the text, 7 bytes a coefficient and its length last, as a polynomial over the integers modulo 2^61 - 1, at two
+ * secret points. Two different texts are two different polynomials, which agree at no more points than their degree
+ * (Carter, Wegman, "New hash functions and their use in authentication and set equality", 1981). Four steps of Horner's
+ * rule at a time, with powers of the point, so that multiplications need not wait for each other.
+ *
+ * Fingerprint: 32 bytes a step in two chains of 64 x 64 -> 128 bit multiplications whose halves are folded together (the
+ * construction of wyhash, github.com/wangyi-fudan/wyhash), each chain taking what the other left.
+ */
 #include "messages.h"
 
 #include <stdbool.h>
@@ -125,22 +131,73 @@ static uint64_t load(const char *p) {
     return value;
 }
 
+enum { CHUNK = 7, BLOCK = 4 * CHUNK };
+
+static const uint64_t prime = ((uint64_t)1 << 61) - 1;
+
+/* Less than 2^61 + 4, and x modulo the prime; x < 2^124. */
+static uint64_t reduced(unsigned __int128 x) {
+    uint64_t sum = (uint64_t)(x & prime) + (uint64_t)(x >> 61);
+    return (sum & prime) + (sum >> 61);
+}
+
+static uint64_t power(uint64_t a, uint64_t b) { return reduced((unsigned __int128)a * b); }
+
+void af_digest_key_make(af_digest_key *key, const uint8_t seed[16]) {
+    for (int i = 0; i < 2; i++) {
+        uint64_t *p = key->powers[i];
+        p[0] = load((const char *)seed + 8 * i) & prime;
+        for (int n = 1; n < 4; n++) p[n] = power(p[n - 1], p[0]);
+    }
+}
+
+/* One block more: 28 bytes, and one behind them that may be read. */
+static uint64_t horner(const uint64_t p[4], uint64_t h, const char *data) {
+    const uint64_t mask = ((uint64_t)1 << 56) - 1;
+    return reduced((unsigned __int128)(h + (load(data) & mask)) * p[3] +
+                   (unsigned __int128)(load(data + CHUNK) & mask) * p[2] +
+                   (unsigned __int128)(load(data + 2 * CHUNK) & mask) * p[1] +
+                   (unsigned __int128)(load(data + 3 * CHUNK) & mask) * p[0]);
+}
+
+void af_digest(const af_digest_key *key, const char *data, size_t n, uint8_t out[16]) {
+    const char *end = data + n;
+    uint64_t h[2] = {0, 0};
+    for (; end - data > BLOCK; data += BLOCK) {
+        h[0] = horner(key->powers[0], h[0], data);
+        h[1] = horner(key->powers[1], h[1], data);
+    }
+    char rest[BLOCK + 1] = {0};
+    memcpy(rest, data, (size_t)(end - data));
+    for (int i = 0; i < 2; i++) {
+        h[i] = horner(key->powers[i], h[i], rest);
+        h[i] = power(h[i] + (n & (prime >> 5)), key->powers[i][0]);
+        if (h[i] >= prime) h[i] -= prime;
+        memcpy(out + 8 * i, h + i, sizeof h[i]);
+    }
+}
+
 static uint64_t fold(uint64_t a, uint64_t b) {
     unsigned __int128 product = (unsigned __int128)a * b;
     return (uint64_t)product ^ (uint64_t)(product >> 64);
 }
 
-uint64_t af_messages_hash(const char *data, size_t n, uint64_t seed) {
-    const uint64_t k0 = 0x9e3779b97f4a7c15u ^ seed, k1 = 0xc2b2ae3d27d4eb4fu + (seed << 1 | 1);
-    uint64_t h0 = seed ^ n, h1 = ~seed;
+void af_fingerprint(const char *data, size_t n, uint8_t out[16]) {
+    static const uint64_t k[] = {0xa0761d6478bd642fu, 0xe7037ed1a0b428dbu, 0x8ebc6af09c88c6e3u, 0x589965cc75374cc3u};
     const char *end = data + n;
-    for (; end - data >= 32; data += 32) {
-        h0 = fold(load(data) ^ k0, load(data + 8) ^ h0);
-        h1 = fold(load(data + 16) ^ k1, load(data + 24) ^ h1);
+    uint64_t a = k[2] ^ n, b = k[3];
+    for (; end - data > 32; data += 32) {
+        uint64_t was = a;
+        a = fold(load(data) ^ k[0], load(data + 8) ^ b);
+        b = fold(load(data + 16) ^ k[1], load(data + 24) ^ was);
     }
     char rest[32] = {0};
     memcpy(rest, data, (size_t)(end - data));
-    h0 = fold(load(rest) ^ k0, load(rest + 8) ^ h0);
-    h1 = fold(load(rest + 16) ^ k1, load(rest + 24) ^ h1);
-    return fold(h0 ^ k1, h1 ^ k0);
+    for (int i = 0; i < 2; i++) { /* twice, so that the last bytes, too, are in both halves */
+        uint64_t was = a;
+        a = fold(load(rest) ^ k[0], load(rest + 8) ^ b);
+        b = fold(load(rest + 16) ^ k[1], load(rest + 24) ^ was);
+    }
+    memcpy(out, &a, sizeof a);
+    memcpy(out + 8, &b, sizeof b);
 }

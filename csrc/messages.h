@@ -1,4 +1,4 @@
-/* messages.h: where the messages of a chat lie in its body, and a hash to know them again by. No arena, no allocation.
+/* messages.h: where the messages of a chat lie in its body, and a digest to know them again by. No arena, no allocation.
  *
  * Everything reads only what it is given, whatever that is: bodies come from clients.
  * areal_fast/core/_messages.pyx is the edge. */
@@ -27,8 +27,19 @@ enum {
  * A body with such a member twice, or with an escape in the name of any member, is AF_SCAN_NO. */
 ptrdiff_t af_messages_scan(const char *body, size_t n, af_range *messages, size_t room, af_range *array);
 
-/* 64 bits that are the same for the same bytes and seed, and else as good as random to who does not know the seed.
- * Not cryptographic: equal hashes are to be confirmed. */
-uint64_t af_messages_hash(const char *data, size_t n, uint64_t seed);
+/* Two secrets for af_digest, and their powers. */
+typedef struct {
+    uint64_t powers[2][4];
+} af_digest_key;
+
+void af_digest_key_make(af_digest_key *key, const uint8_t seed[16]);
+
+/* 16 bytes that are the same for the same bytes and key. Who does not know the key cannot make two texts that have the
+ * same: for any two of n bytes that is the chance of (n / 7 + 3)^2 / 2^122 over the keys, 2^-87 for a MiB. Who knows it
+ * can. */
+void af_digest(const af_digest_key *key, const char *data, size_t n, uint8_t out[16]);
+
+/* 16 bytes to tell texts apart that nobody made to be alike: several times faster, and no secret. */
+void af_fingerprint(const char *data, size_t n, uint8_t out[16]);
 
 #endif

@@ -24,7 +24,7 @@ enum {
 ptrdiff_t af_rows_parse(const char *text, size_t n, int32_t *ids, float *logprobs, size_t room, size_t *end);
 
 /* Write n ids as decimal text, each followed by a comma; returns the characters written. `out` has room for
- * n * AF_DIGITS_MAX. */
+ * n * AF_DIGITS_MAX, of which all may be written to. */
 size_t af_ids_write(const int32_t *ids, size_t n, char *out);
 
 #endif

@@ -11,58 +11,56 @@ cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.stddef cimport ptrdiff_t
-from libc.stdint cimport uint64_t
-from libc.string cimport memcmp, memcpy
+from libc.stdint cimport uint8_t, uint64_t
+from libc.string cimport memcpy
 
 cdef extern from "messages.h":
     ctypedef struct af_range:
         size_t start
         size_t stop
+    ctypedef struct af_digest_key:
+        pass
     enum:
         AF_SCAN_MANY
     ptrdiff_t af_messages_scan(const char *body, size_t n, af_range *messages, size_t room, af_range *array) nogil
-    uint64_t af_messages_hash(const char *data, size_t n, uint64_t seed) nogil
+    void af_digest_key_make(af_digest_key *key, const uint8_t *seed) nogil
+    void af_digest(const af_digest_key *key, const char *data, size_t n, uint8_t *out) nogil
+    void af_fingerprint(const char *data, size_t n, uint8_t *out) nogil
 
 cdef enum:
-    # beside the bytes objects' own contents: the object, three headers, a key, a place in a dictionary
-    MESSAGE_BYTES = 360
+    # a message beside its ids: the object, headers of ids and digest, a place in a dictionary
+    MESSAGE_BYTES = 280
 
 
 @cython.final
 cdef class Message:
-    cdef readonly bytes raw
     cdef readonly int role
     cdef readonly object context
     cdef readonly bytes ids
-    cdef readonly bytes text
+    cdef bytes digest
     cdef public uint64_t asked
     cdef public uint64_t answers
 
-    def __cinit__(self, bytes raw not None, int role):
-        self.raw, self.role, self.context, self.ids, self.text = raw, role, None, b"", b""
-
-    cdef Py_ssize_t cost(self):
-        return (MESSAGE_BYTES + PyBytes_GET_SIZE(self.raw) + PyBytes_GET_SIZE(self.ids)
-                + PyBytes_GET_SIZE(self.text))
+    def __cinit__(self, int role):
+        self.role, self.context, self.ids, self.digest = role, None, b"", None
 
 
 @cython.final
 cdef class Plan:
     cdef readonly tuple contexts
-    cdef readonly tuple ids
-    cdef readonly tuple text
+    cdef readonly tuple literals
     cdef tuple guards  # (place, bits that are asked, bits that are set)
 
-    def __cinit__(self, tuple contexts not None, tuple ids not None, tuple text not None, tuple guards=()):
-        if len(ids) != len(contexts) + 1 or len(text) != len(ids):
+    def __cinit__(self, tuple contexts not None, tuple literals not None, tuple guards=()):
+        if len(literals) != len(contexts) + 1:
             raise BadArgument("a plan has one more literal than messages")
-        for each in (*ids, *text):
+        for each in literals:
             if type(each) is not bytes:
                 raise BadArgument("literals are bytes")
         for place, asked, answers in guards:
             if not 0 <= place < len(contexts) or answers & ~asked:
                 raise BadArgument("a guard of no message, or without a question")
-        self.contexts, self.ids, self.text, self.guards = contexts, ids, text, guards
+        self.contexts, self.literals, self.guards = contexts, literals, guards
 
     def fits(self, list messages not None):
         cdef uint64_t asked, answers
@@ -78,29 +76,22 @@ cdef class Plan:
         return None
 
     def prompt(self, list messages not None):
-        cdef Py_ssize_t n = len(self.contexts), i, ids = 0, text = 0
+        cdef Py_ssize_t n = len(self.contexts), i, size = 0
         cdef Message m
-        cdef char *to_ids
-        cdef char *to_text
+        cdef char *to
         if len(messages) != n:
             raise BadArgument("not the plan's number of messages")
         for i in range(n):
             m = messages[i]
             if m.context is not self.contexts[i]:
                 return i
-            ids += PyBytes_GET_SIZE(m.ids) + PyBytes_GET_SIZE(<bytes> self.ids[i])
-            text += PyBytes_GET_SIZE(m.text) + PyBytes_GET_SIZE(<bytes> self.text[i])
-        ids += PyBytes_GET_SIZE(<bytes> self.ids[n])
-        text += PyBytes_GET_SIZE(<bytes> self.text[n])
-        all_ids = PyBytes_FromStringAndSize(NULL, ids)
-        all_text = PyBytes_FromStringAndSize(NULL, text)
-        to_ids, to_text = PyBytes_AS_STRING(all_ids), PyBytes_AS_STRING(all_text)
-        for i in range(n + 1):
-            to_ids, to_text = put(to_ids, <bytes> self.ids[i]), put(to_text, <bytes> self.text[i])
-            if i < n:
-                m = <Message> messages[i]
-                to_ids, to_text = put(to_ids, m.ids), put(to_text, m.text)
-        return all_ids, all_text
+            size += PyBytes_GET_SIZE(m.ids) + PyBytes_GET_SIZE(<bytes> self.literals[i])
+        size += PyBytes_GET_SIZE(<bytes> self.literals[n])
+        ids = PyBytes_FromStringAndSize(NULL, size)
+        to = put(PyBytes_AS_STRING(ids), <bytes> self.literals[0])
+        for i in range(n):
+            to = put(put(to, (<Message> messages[i]).ids), <bytes> self.literals[i + 1])
+        return ids
 
 
 cdef inline char *put(char *to, bytes piece):
@@ -111,21 +102,22 @@ cdef inline char *put(char *to, bytes piece):
 
 @cython.final
 cdef class KnownMessages:
-    """See _messages.pyi. `young` and `old` map hashes to messages."""
+    """See _messages.pyi. `young` and `old` map digests to messages; `ranges` are the last body's."""
 
     cdef dict young
     cdef dict old
     cdef Py_ssize_t young_bytes
     cdef Py_ssize_t half_bytes
-    cdef uint64_t seed
+    cdef af_digest_key key
     cdef af_range *ranges
     cdef size_t room
+    cdef Py_ssize_t found
 
     def __cinit__(self, Py_ssize_t limit_bytes):
-        cdef bytes seed = os.urandom(8)
+        cdef bytes seed = os.urandom(16)
         self.young, self.old = {}, {}
         self.half_bytes = limit_bytes // 2
-        memcpy(&self.seed, PyBytes_AS_STRING(seed), 8)
+        af_digest_key_make(&self.key, <const uint8_t *> PyBytes_AS_STRING(seed))
         self.grow(256)
 
     def __dealloc__(self):
@@ -144,47 +136,55 @@ cdef class KnownMessages:
         cdef const char *text = PyBytes_AS_STRING(body)
         cdef size_t size = <size_t> PyBytes_GET_SIZE(body)
         cdef af_range array
-        cdef ptrdiff_t n = af_messages_scan(text, size, self.ranges, self.room, &array), i
+        cdef ptrdiff_t n, i
         cdef list messages, unknown
-        cdef Message m
+        cdef bytes digest
+        self.found = 0
+        n = af_messages_scan(text, size, self.ranges, self.room, &array)
         while n == AF_SCAN_MANY:
             self.grow(self.room * 4)
             n = af_messages_scan(text, size, self.ranges, self.room, &array)
         if n < 0:
             return None
+        self.found = n
         messages, unknown = [], []
         for i in range(n):
-            m = self.known(text + self.ranges[i].start, self.ranges[i].stop - self.ranges[i].start)
-            messages.append(m)
+            digest = self.digest(text, i)
+            m = self.young.get(digest)
             if m is None:
-                unknown.append((i, self.ranges[i].start, self.ranges[i].stop))
+                m = self.old.get(digest)
+                if m is None:
+                    unknown.append(i)
+                else:
+                    self.keep(<Message> m)
+            messages.append(m)
         return messages, unknown, array.start, array.stop
 
-    cdef Message known(self, const char *raw, size_t size):
-        cdef object key = af_messages_hash(raw, size, self.seed)
-        cdef object found = self.young.get(key)
-        cdef Message m
-        if found is None:
-            found = self.old.get(key)
-            if found is None:
-                return None
-            self.keep(key, <Message> found)
-        m = <Message> found
-        if <size_t> PyBytes_GET_SIZE(m.raw) != size or memcmp(PyBytes_AS_STRING(m.raw), raw, size) != 0:
-            return None
-        return m
+    cdef bytes digest(self, const char *text, Py_ssize_t i):
+        out = PyBytes_FromStringAndSize(NULL, 16)
+        af_digest(&self.key, text + self.ranges[i].start, self.ranges[i].stop - self.ranges[i].start,
+                  <uint8_t *> PyBytes_AS_STRING(out))
+        return out
 
-    cdef int keep(self, object key, Message m) except -1:
-        self.young[key] = m
-        self.young_bytes += m.cost()
+    def place(self, Py_ssize_t i):
+        if not 0 <= i < self.found:
+            raise BadArgument(f"no message {i} in the body that was looked at last")
+        return self.ranges[i].start, self.ranges[i].stop
+
+    cdef int keep(self, Message m) except -1:
+        self.young[m.digest] = m
+        self.young_bytes += MESSAGE_BYTES + PyBytes_GET_SIZE(m.ids)
         if self.young_bytes > self.half_bytes:
             self.old, self.young, self.young_bytes = self.young, {}, 0
         return 0
 
-    def add(self, Message message not None, context, bytes ids not None, bytes text not None):
-        message.context, message.ids, message.text = context, ids, text
-        self.keep(
-            af_messages_hash(PyBytes_AS_STRING(message.raw), <size_t> PyBytes_GET_SIZE(message.raw), self.seed), message)
+    def add(self, bytes body not None, Py_ssize_t i, Message message not None, context, bytes ids not None):
+        if not 0 <= i < self.found or self.ranges[i].stop > <size_t> PyBytes_GET_SIZE(body):
+            raise BadArgument(f"no message {i} in the body that was looked at last")
+        message.context, message.ids = context, ids
+        if message.digest is None:
+            message.digest = self.digest(PyBytes_AS_STRING(body), i)
+        self.keep(message)
 
     @staticmethod
     def roles(list messages not None):
@@ -194,10 +194,26 @@ cdef class KnownMessages:
         for i in range(n):
             m = messages[i]
             if not 0 <= m.role < 256:
-                return None
+                raise BadArgument("a role is a number from 0 to 255")
             PyBytes_AS_STRING(out)[i] = <char> m.role
         return out
 
     @property
     def size_bytes(self):
         return self.young_bytes
+
+
+def fingerprint(bytes data not None):
+    out = PyBytes_FromStringAndSize(NULL, 16)
+    af_fingerprint(PyBytes_AS_STRING(data), <size_t> PyBytes_GET_SIZE(data), <uint8_t *> PyBytes_AS_STRING(out))
+    return out
+
+
+def digest(bytes seed not None, bytes data not None):
+    cdef af_digest_key key
+    if PyBytes_GET_SIZE(seed) != 16:
+        raise BadArgument("a seed has 16 bytes")
+    out = PyBytes_FromStringAndSize(NULL, 16)
+    af_digest_key_make(&key, <const uint8_t *> PyBytes_AS_STRING(seed))
+    af_digest(&key, PyBytes_AS_STRING(data), <size_t> PyBytes_GET_SIZE(data), <uint8_t *> PyBytes_AS_STRING(out))
+    return out

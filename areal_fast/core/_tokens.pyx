@@ -8,8 +8,10 @@ from areal_fast.core.codes import BadArgument
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE, _PyBytes_Resize
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF
 from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int32_t, uint32_t
 from libc.string cimport memcpy, memset
@@ -20,6 +22,9 @@ cdef extern from "tokens.h":
         AF_DIGITS_MAX
     ptrdiff_t af_rows_parse(const char *text, size_t n, int32_t *ids, float *logprobs, size_t room, size_t *end) nogil
     size_t af_ids_write(const int32_t *ids, size_t n, char *out) nogil
+
+cdef extern from "Python.h":
+    PyObject *new_bytes "PyBytes_FromStringAndSize"(const char *data, Py_ssize_t size)
 
 
 def parse_rows(bytes text not None, Py_ssize_t start):
@@ -49,16 +54,23 @@ def ids_text(ids not None):
     cdef Py_buffer view
     cdef Py_ssize_t n
     cdef size_t size
+    cdef PyObject *text
     PyObject_GetBuffer(ids, &view, PyBUF_SIMPLE)
     try:
         if view.len % 4:
             raise BadArgument("ids are int32: four bytes each")
         n = view.len // 4
-        text = PyBytes_FromStringAndSize(NULL, n * AF_DIGITS_MAX)
-        size = af_ids_write(<const int32_t *> view.buf, <size_t> n, PyBytes_AS_STRING(text))
+        text = new_bytes(NULL, n * AF_DIGITS_MAX)
+        if text == NULL:
+            raise MemoryError
+        size = af_ids_write(<const int32_t *> view.buf, <size_t> n, PyBytes_AS_STRING(<object> text))
     finally:
         PyBuffer_Release(&view)
-    return text[:size]
+    _PyBytes_Resize(&text, <Py_ssize_t> size)  # in place: nobody else has it
+    try:
+        return <object> text
+    finally:
+        Py_DECREF(<object> text)
 
 
 @cython.final

@@ -2,11 +2,11 @@
 rendering or encoding what is known.
 
 A conversation is sent again and again with a little more at its end. Here its messages are found in the body
-as bytes (csrc/messages.c) and looked up; only those that are new are parsed. The template's skeleton for
-this sequence of roles (skeletons.py) says what stands around the contents. Since special tokens cut a text
-into pieces that are encoded by themselves (segments.py), a message's ids depend on its content and on the
-text between it and the next special tokens, its `_Context`; so they are kept with the message, and the
-prompt is a join.
+as bytes (csrc/messages.c) and looked up by a keyed digest; only those that are new are parsed. The
+template's skeleton for this sequence of roles (skeletons.py) says what stands around the contents. Since
+special tokens cut a text into pieces that are encoded by themselves (segments.py), a message's ids depend on
+its content and on the text between it and the next special tokens, its `_Context`; so they are kept with the
+message, and the prompt is a join.
 
 That is done for messages of a role and a content, both text, for templates that have skeletons and
 tokenizers that have segments, and where every message's segment is cut off as the skeleton says, which is
@@ -76,7 +76,7 @@ class KnownChats:
         self._shapes: dict[tuple[bytes, bytes], list[Plan] | None] = {}
         self._laid_messages = 0
         self._contexts: dict[_Context, _Context] = {}
-        self._literals: dict[str, tuple[bytes, bytes]] = {}
+        self._literals: dict[str, bytes] = {}
         self._questions: list[tuple[Check, str]] = []
         self._found_any = False
 
@@ -89,33 +89,45 @@ class KnownChats:
             return None
         messages, unknown, start, stop = found
         fresh: dict[int, str] = {}
-        for place, first, last in unknown:
-            new = self._read(body[first:last])
+        if len(messages) > _MAX_MESSAGES:
+            return None
+        for place in unknown:
+            new = self._read(body, place)
             if new is None:
                 return None
             messages[place], fresh[place] = new
         known: list[Message] = messages  # type: ignore[assignment]
-        roles = self._messages.roles(known)
-        if roles is None or len(roles) > _MAX_MESSAGES:
-            return None
         try:
             chat = decode_chat(b"%b%b%b" % (body[:start], MESSAGES_TAKEN, body[stop:]))
         except BadChat:
             return None
-        if chat.template_kwargs or (plan := self._plan(roles, known, chat.tools)) is None:
+        if chat.template_kwargs or (plan := self._plan(body, known, chat.tools)) is None:
             return None
         work = self._work
-        while type(prompt := plan.prompt(known)) is int:
-            work -= self._learn(known[prompt], plan.contexts[prompt], fresh.get(prompt), work)
-            if work < 0:
+        while isinstance(prompt := plan.prompt(known), int):
+            content = fresh.get(prompt)
+            ids, cost = self._encoded(
+                plan.contexts[prompt], self._content(body, prompt) if content is None else content, work
+            )
+            if ids is None:
                 return None
-        data, text = prompt  # type: ignore[misc]
-        return chat, Prompt(data, text[:-1])
+            self._messages.add(body, prompt, known[prompt], plan.contexts[prompt], ids)
+            work -= cost
+        return chat, Prompt(prompt)
 
-    def _read(self, raw: bytes) -> tuple[Message, str] | None:
-        """A message that is not known, and its content. None: it cannot be read."""
+    def _raw(self, body: bytes, place: int) -> bytes:
+        start, stop = self._messages.place(place)
+        return body[start:stop]
+
+    def _content(self, body: bytes, place: int) -> str:
+        """Of a message that was read before."""
+        content: str = _message_decoder.decode(self._raw(body, place))["content"]
+        return content
+
+    def _read(self, body: bytes, place: int) -> tuple[Message, str] | None:
+        """A message that is not known, and its content. None: it is not of this kind, or cannot be read."""
         try:
-            fields = _message_decoder.decode(raw)
+            fields = _message_decoder.decode(self._raw(body, place))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         given = {name: value for name, value in fields.items() if value is not None}
@@ -128,7 +140,7 @@ class KnownChats:
                 return None
             number = self._roles[role] = len(self._role_names)
             self._role_names.append(role)
-        message = Message(raw, number)
+        message = Message(number)
         self._answer(message, content)
         return message, content
 
@@ -139,41 +151,35 @@ class KnownChats:
             answers |= answer(content, check, text) << bit
         message.asked, message.answers = (1 << len(self._questions)) - 1, answers
 
-    def _learn(self, message: Message, context: object, content: str | None, work: int) -> int:
-        """Encode a message in this context, and keep it. How much work that was; more than `work`: nothing is
-        kept, the general way must be gone."""
+    def _encoded(self, context: object, content: str, work: int) -> tuple[bytes | None, int]:
+        """The ids of a content in its context, and how much work that was. No ids: it would be more than
+        `work`, or the content is not cut off as it should be; the general way must be gone."""
         assert isinstance(context, _Context) and self._cut is not None
-        if content is None:
-            content = _content(message)
         shown = content.strip() if context.trim else content
         segment = f"{context.before}{shown}{context.after}"
         parts = self._cut.split(segment + context.until)
         if parts != ([segment, context.until, ""] if context.until else [segment]):
-            return work + 1
-        encoded = self._segments.segment_within(segment, work)
-        if encoded is None:
-            return work + 1
-        (ids, text), cost = encoded
-        self._messages.add(message, context, ids, text)
-        return cost
+            return None, 0
+        return self._segments.segment_within(segment, work) or (None, 0)
 
     # -- plans: skeletons with their literals encoded
     # ---------------------------------------------------------------------------------------------
 
-    def _plan(self, roles: bytes, messages: list[Message], tools: list[dict[str, Any]] | None) -> Plan | None:
+    def _plan(self, body: bytes, messages: list[Message], tools: list[dict[str, Any]] | None) -> Plan | None:
         """The plan for these roles and tools whose guards these messages meet."""
+        roles = self._messages.roles(messages)
         shape = roles, b"" if tools is None else _encode(tools)
         plans = self._shapes.get(shape, ())
         if plans is None:
             return None
         for plan in plans:
             while (place := plan.fits(messages)) is not None and place >= 0:
-                self._answer(messages[place], _content(messages[place]))
+                self._answer(messages[place], self._content(body, place))
             if place is None:
                 return plan
         if len(plans) >= _MAX_SKELETONS_A_SHAPE:
             return None
-        new = self._traced(roles, messages, tools)
+        new = self._traced(body, roles, tools)
         self._laid_messages += len(roles)
         if self._laid_messages > _MAX_LAID:
             self._forget()
@@ -193,11 +199,9 @@ class KnownChats:
         self._literals.clear()
         self._laid_messages = 0
 
-    def _traced(
-        self, roles: bytes, messages: list[Message], tools: list[dict[str, Any]] | None
-    ) -> Plan | None:
+    def _traced(self, body: bytes, roles: bytes, tools: list[dict[str, Any]] | None) -> Plan | None:
         names = [self._role_names[role] for role in roles]
-        contents = list(map(_content, messages))
+        contents = [self._content(body, place) for place in range(len(roles))]
         skeleton = self._tracer.trace(names, contents, tools)
         if skeleton is None:
             return None
@@ -224,16 +228,15 @@ class KnownChats:
             until = following[1] if len(following) > 1 else ""
             context = _Context(cut[i][-1], following[0], until, trim)
             contexts.append(self._contexts.setdefault(context, context))
-        ids, text = zip(*(literal for literal in literals if literal is not None), strict=True)
-        return Plan(tuple(contexts), ids, text, guards)
+        return Plan(tuple(contexts), tuple(ids for ids in literals if ids is not None), guards)
 
-    def _literal(self, text: str) -> tuple[bytes, bytes] | None:
+    def _literal(self, text: str) -> bytes | None:
         known = self._literals.get(text)
         if known is None:
             prompt = self._segments.encode_within(text, self._work)
             if prompt is None:
                 return None
-            known = self._literals[text] = prompt.data, prompt.json + b"," if prompt.json else b""
+            known = self._literals[text] = prompt.data
         return known
 
     def _guards(self, guards: tuple[Guard, ...]) -> tuple[tuple[int, int, int], ...] | None:
@@ -249,11 +252,6 @@ class KnownChats:
             asked, answers = found.get(index, (0, 0))
             found[index] = asked | bit, answers | (bit if holds else 0)
         return tuple((index, *bits) for index, bits in found.items())
-
-
-def _content(message: Message) -> str:
-    content: str = _message_decoder.decode(message.raw)["content"]
-    return content
 
 
 def _none_within_another(tokens: list[str]) -> bool:

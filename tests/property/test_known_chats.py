@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from areal_fast.core import BadArgument
-from areal_fast.core._messages import KnownMessages, Message, Plan
+from areal_fast.core._messages import KnownMessages, Message, Plan, digest, fingerprint
 from areal_fast.engine.known import KnownChats
 from areal_fast.engine.skeletons import Tracer
 from areal_fast.engine.templates import ChatTemplate, TemplateFailed
@@ -328,17 +328,67 @@ def test_skeletons_and_their_conditions(source: str, guards: int) -> None:
 
 def test_plans_refuse_what_makes_no_sense() -> None:
     with pytest.raises(BadArgument):
-        Plan(("c",), (b"",), (b"",))
+        Plan(("c",), (b"",))
     with pytest.raises(BadArgument):
-        Plan((), (b"",), ("",))  # type: ignore[arg-type]
+        Plan((), ("",))  # type: ignore[arg-type]
     with pytest.raises(BadArgument):
-        Plan(("c",), (b"", b""), (b"", b""), ((1, 1, 1),))
-    plan = Plan(("c",), (b"", b""), (b"", b""), ((0, 3, 2),))
+        Plan(("c",), (b"", b""), ((1, 1, 1),))
+    plan = Plan(("c",), (b"", b""), ((0, 3, 2),))
     with pytest.raises(BadArgument):
         plan.prompt([])
-    message = Message(b"{}", 0)
+    message = Message(0)
     assert plan.fits([message]) == 0, "the question was not answered"
     message.asked, message.answers = 3, 1
     assert plan.fits([message]) == -1
     message.answers = 2
     assert plan.fits([message]) is None and plan.prompt([message]) == 0, "it has no ids in this context"
+
+
+def test_places_are_those_of_the_last_body() -> None:
+    known, body = KnownMessages(1000), b'{"messages": [{"a":1}, {"b":[2]}]}'
+    found = known.find(body)
+    assert found is not None and found[1] == [0, 1] and body[found[2] : found[3]] == body[13:-1]
+    assert [body[slice(*known.place(i))] for i in (0, 1)] == [b'{"a":1}', b'{"b":[2]}']
+    with pytest.raises(BadArgument):
+        known.place(2)
+    with pytest.raises(BadArgument):
+        known.add(b"", 0, Message(0), "c", b"")
+    message = Message(0)
+    known.add(body, 1, message, "c", b"")
+    assert known.find(body) is not None and known.find(b'{"messages":[{"b":[2]}]}')[0] == [message]  # type: ignore[index]
+    assert known.find(b"") is None
+    with pytest.raises(BadArgument):
+        known.place(0)
+
+
+SEED = bytes(range(100, 116))
+
+
+@given(st.binary(max_size=200), st.data())
+def test_digests_tell_texts_apart(data: bytes, draw: st.DataObject) -> None:
+    other = bytearray(data)
+    for _ in range(draw.draw(st.integers(0, 2))):
+        at = draw.draw(st.integers(0, len(other)))
+        other[at : at + draw.draw(st.integers(0, 2))] = draw.draw(
+            st.sampled_from([b"", b"\0", b"a", b"\0\0"])
+        )
+    for tell in (fingerprint, functools.partial(digest, SEED)):
+        assert (tell(bytes(other)) == tell(data)) == (bytes(other) == data)
+        assert len(tell(data)) == 16
+
+
+def test_a_digest_is_the_polynomial_that_it_claims_to_be() -> None:
+    prime = 2**61 - 1
+    points = [int.from_bytes(SEED[i : i + 8], "little") & prime for i in (0, 8)]
+    for size in (0, 1, 6, 7, 8, 27, 28, 29, 57, 1000):
+        data = bytes((7 * i + size) % 256 for i in range(size))
+        padded = data.ljust(28 * max(1, -(-size // 28)), b"\0")
+        expected = []
+        for r in points:
+            h = 0
+            for at in range(0, len(padded), 7):
+                h = (h + int.from_bytes(padded[at : at + 7], "little")) * r % prime
+            expected.append(((h + size) * r % prime).to_bytes(8, "little"))
+        assert digest(SEED, data) == b"".join(expected)
+    with pytest.raises(BadArgument):
+        digest(b"short", b"")
