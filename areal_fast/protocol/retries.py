@@ -37,3 +37,10 @@ def unpack(body_hash: bytes) -> tuple[Asked, int]:
     if len(body_hash) < 24:
         return Asked(b""), NO_COURIER
     return Asked(body_hash[:16], body_hash[24:]), _PROCESS.unpack_from(body_hash, 16)[0]
+
+
+def told_by(body_hash: bytes) -> tuple[bytes, ...]:
+    """The fingerprints in a record's `body_hash`: of the body, and of the key if there was one."""
+    if len(body_hash) <= 24:
+        return (body_hash[:16],) if len(body_hash) == 24 else ()
+    return body_hash[:16], body_hash[24:]
