@@ -20,8 +20,7 @@ SEED ?= $(shell date +%Y%m%d)
 ARGS ?=
 export SOAK_SECONDS ?= 1800
 RUFF_PATHS := areal_fast tests benchmarks setup.py
-NATIVE := $(wildcard csrc/*.c csrc/*.h) $(wildcard areal_fast/core/*.pyx areal_fast/core/*.px[di] \
-  areal_fast/http/*.pyx areal_fast/http/*.pxd) setup.py
+NATIVE := $(wildcard csrc/*.c csrc/*.h areal_fast/*/*.pyx areal_fast/*/*.pxd areal_fast/*/*.pxi) setup.py
 # Other versions format differently.
 CLANG_FORMAT := 14
 
@@ -69,8 +68,8 @@ lint: build ## ruff, mypy --strict, stubtest, cython-lint; clang-format where in
 	$(PY) -m ruff check $(wildcard $(RUFF_PATHS))
 	$(PY) -m ruff format --check $(wildcard $(RUFF_PATHS))
 	$(PY) -m mypy
-	$(PY) -m mypy.stubtest areal_fast.core._core areal_fast.core._cuda areal_fast.http._native
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint areal_fast/core/*.px[dyi] areal_fast/http/*.px[dy]
+	$(PY) -m mypy.stubtest $(subst /,.,$(basename $(wildcard areal_fast/*/_*.pyx)))
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint areal_fast/*/*.px[dyi]
 	@if clang-format --version 2>/dev/null | grep -q 'version $(CLANG_FORMAT)\.'; then \
 	  echo clang-format --dry-run; clang-format --dry-run -Werror csrc/*.[ch]; \
 	  else echo "clang-format $(CLANG_FORMAT): not installed, C formatting not checked"; fi
@@ -126,6 +125,6 @@ soak: soak-churn ## soak-churn, then random kills, the fuzzers and the property 
 	HYPOTHESIS_PROFILE=thorough $(PY) -m pytest -q tests/property --timeout 3600 $(ARGS)
 
 clean: ## everything that was built, .venv included
-	rm -rf build .venv .venv-areal *.egg-info areal_fast/core/_core.c areal_fast/core/_cuda.c areal_fast/http/_native.c areal_fast/*/_*.so
+	rm -rf build .venv .venv-areal *.egg-info areal_fast/*/_*.c areal_fast/*/_*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@! test -e tests/c/Makefile || $(MAKE) -C tests/c clean

@@ -1,7 +1,7 @@
-"""Builds three extensions: the Cython edge with the whole C core in a single shared object, the device
-pool's edge over csrc/cuda.c, which only the keeper and its clients import, and the short way of a request
-through the HTTP server. Each exports nothing but its module init. Everything else about the package is in
-pyproject.toml.
+"""Builds the extensions: the Cython edge with the whole C core in a single shared object; the device pool's
+edge over csrc/cuda.c, which only the keeper and its clients import; and those that know no arena: rows of
+tokens, messages of a chat, and the short way of a request through the HTTP server. Each exports nothing but
+its module init. Everything else about the package is in pyproject.toml.
 
 Environment, read at build time only:
   AREAL_FAST_SANITIZE=address|undefined|thread   an instrumented build (run under the matching LD_PRELOAD)
@@ -54,14 +54,21 @@ class BuildExt(build_ext):
         super().build_extensions()
 
 
-CUDA = "csrc/cuda.c"
-HTTP = "csrc/http_head.c"
+APART = {
+    "core._cuda": "csrc/cuda.c",
+    "core._tokens": "csrc/tokens.c",
+    "core._messages": "csrc/messages.c",
+    "http._native": "csrc/http_head.c",
+}
+"""Extensions of one C file each, which is not part of the core."""
+LIBRARIES = {"core._cuda": ["dl"]}  # where dlopen lives before glibc 2.34
 
 
-def extension(package, name, sources, **more):
+def extension(name, sources, **more):
+    package, module = name.split(".")
     return Extension(
-        f"areal_fast.{package}.{name}",
-        sources=[f"areal_fast/{package}/{name}.pyx", *sources],
+        f"areal_fast.{name}",
+        sources=[f"areal_fast/{package}/{module}.pyx", *sources],
         depends=[*glob(f"areal_fast/{package}/*.px[di]"), *sorted(glob("csrc/*.h"))],
         include_dirs=["csrc"],
         undef_macros=["NDEBUG"] if sanitize or crash_points else [],
@@ -72,11 +79,12 @@ def extension(package, name, sources, **more):
     )
 
 
-core = extension("core", "_core", [one for one in sorted(glob("csrc/*.c")) if one not in (CUDA, HTTP)])
-cuda = extension("core", "_cuda", [CUDA], libraries=["dl"])  # where dlopen lives before glibc 2.34
-http = extension("http", "_native", [HTTP])
+core = extension(
+    "core._core", [source for source in sorted(glob("csrc/*.c")) if source not in APART.values()]
+)
+others = [extension(name, [source], libraries=LIBRARIES.get(name, [])) for name, source in APART.items()]
 
 setup(
-    ext_modules=cythonize([core, cuda, http], compiler_directives={"language_level": "3"}),
+    ext_modules=cythonize([core, *others], compiler_directives={"language_level": "3"}),
     cmdclass={"build_ext": BuildExt},
 )

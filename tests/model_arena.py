@@ -273,6 +273,9 @@ class ModelArena:
     def slot_id(self, slot: int) -> bytes:
         return self._slot(slot).id
 
+    def slot_created_ns(self, slot: int) -> int:
+        return self._slot(slot).created_ns
+
     def next_ordinal(self, slot: int) -> int:
         s = self._slot(slot)
         s.ordinal += 1

@@ -111,6 +111,8 @@ class Arena:
     def slot_id(self, slot: int) -> bytes:
         """`slot_info(slot).id` alone: a request asks for it once or twice."""
 
+    def slot_created_ns(self, slot: int) -> int:
+        """As slot_info's created_ns."""
     def next_ordinal(self, slot: int) -> int:
         """0, 1, 2, … of this session. Under a pin."""
 

@@ -269,6 +269,13 @@ cdef class Arena:
             fail(rc, "slot_id")
         return PyBytes_FromStringAndSize(s.id, s.id_len)
 
+    def slot_created_ns(self, uint32_t slot):
+        cdef af_slot_info s
+        cdef int rc = af_slot_get(self.ready(), slot, &s)
+        if rc < 0:
+            fail(rc, "slot_created_ns")
+        return s.created_ns
+
     def next_ordinal(self, uint32_t slot):
         cdef int64_t rc = af_next_ordinal(self.ready(), slot)
         if rc < 0:

@@ -73,14 +73,14 @@ class Pieces(Protocol):
 
 
 class BytePieces:
-    """For byte-level decoders. `token_bytes` maps an id to its bytes (unknown ids: none)."""
+    """For byte-level decoders. `join` gives the bytes of ids (unknown ones have none)."""
 
-    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
-        self._token_bytes = token_bytes
+    def __init__(self, join: Callable[[Iterable[int]], bytes]) -> None:
+        self._join = join
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, ids: Iterable[int]) -> str:
-        return self._decoder.decode(b"".join(map(self._token_bytes, ids)))
+        return self._decoder.decode(self._join(ids))
 
     def finish(self) -> str:
         return self._decoder.decode(b"", True)

@@ -177,7 +177,8 @@ class Engine:
         stop = "length"
         attempts = 0
         while attempts < MAX_ATTEMPTS and len(ids) < sampling.max_new_tokens:
-            await self._until_running()
+            while self._state.paused():
+                await asyncio.sleep(PAUSE_POLL_S)
             if ids and not self._adapter.continues(sampling):
                 if on_tokens is not None:
                     raise EngineError("Engine was interrupted in an answer that it cannot continue")
@@ -197,8 +198,11 @@ class Engine:
             else:
                 attempt = self._adapter.parse(await self.call(call, timeout_s=self._timeout_s))
             if attempt.ids:
-                ids.extend(attempt.ids)
-                logprobs.extend(attempt.logprobs)
+                if ids:
+                    ids.extend(attempt.ids)
+                    logprobs.extend(attempt.logprobs)
+                else:
+                    ids, logprobs = attempt.ids, attempt.logprobs
                 _add_run(runs, version, len(attempt.ids))
             if attempt.stop in _FINAL:
                 stop = attempt.stop
@@ -213,10 +217,6 @@ class Engine:
             stop_reason=stop,
             attempts=attempts,
         )
-
-    async def _until_running(self) -> None:
-        while self._state.paused():
-            await asyncio.sleep(PAUSE_POLL_S)
 
     async def _received(self, call: Call, routed: Receiver) -> Attempt:
         """A whole answer whose routed experts go to the receiver while it arrives."""

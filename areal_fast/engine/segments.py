@@ -3,9 +3,8 @@
 A conversation is sent again and again with a little more at its end, and its encoding costs about 1 µs a
 token. But a tokenizer first cuts the text at its added tokens (`<|im_start|>`…), and each piece between two
 of them is normalized, split and merged by itself: its ids depend on its text alone. So the text is cut in
-the same way here, by one compiled pattern, and the pieces' ids come from a dictionary. Each entry holds the
-ids twice, as little-endian int32 (what is recorded) and as JSON digits (what the engine is sent), so a
-prompt of any length is put together by two joins.
+the same way here, by one compiled pattern, and the pieces' ids come from a dictionary, as int32, so a prompt
+of any length is put together by a join.
 
 Which tokens may cut: those matched on the raw text (not `normalized`) that take nothing from their
 neighbours (no `lstrip`, `rstrip`, `single_word`), and that no token of the other kind can overlap. The
@@ -29,28 +28,31 @@ import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 
-import msgspec
 from tokenizers import AddedToken, Tokenizer
 
+from areal_fast.core._tokens import ids_text
 from areal_fast.engine.words import Unsupported, WordEncoder
 
-# what an entry costs beside its three buffers: str, two bytes objects, tuple, dictionary slot
-_ENTRY_OVERHEAD_BYTES = 320
+# what an entry costs beside its two buffers: str, bytes object, dictionary slot
+_ENTRY_OVERHEAD_BYTES = 200
 # how many times faster text is encoded by word than by the plain encoder, on the safe side
 _WORDS_FASTER = 3
-_Entry = tuple[bytes, bytes]
 
 
 class Prompt:
-    """Token ids ready for the record and for the engine. Immutable."""
+    """Token ids ready for the record. Immutable."""
 
-    __slots__ = ("data", "json")
+    __slots__ = ("data",)
 
-    def __init__(self, data: bytes, json: bytes) -> None:
+    def __init__(self, data: bytes) -> None:
         self.data = data
         """int32 ids in native byte order: what the arena stores."""
-        self.json = json
-        """The same as JSON, comma separated, without brackets."""
+
+    @property
+    def json(self) -> bytes:
+        """The ids as JSON for the engine, comma separated, without brackets. Made when asked for: 3 ns an
+        id."""
+        return ids_text(self.data)[:-1]
 
     @classmethod
     def of(cls, ids: Iterable[int]) -> Prompt:
@@ -64,7 +66,7 @@ class Prompt:
                 values.extend(view.tolist())
         else:
             values = array("i", ids)
-        return cls(values.tobytes(), msgspec.json.encode(values.tolist())[1:-1])
+        return cls(values.tobytes())
 
     def __len__(self) -> int:
         return len(self.data) // 4
@@ -139,10 +141,10 @@ class SegmentEncoder:
         """`limit_bytes` 0 switches the cache off. Runs the self-test: some milliseconds."""
         self._tokenizer = tokenizer
         self._half_bytes = limit_bytes // 2
-        self._young: dict[str, _Entry] = {}
-        self._old: dict[str, _Entry] = {}
+        self._young: dict[str, bytes] = {}
+        self._old: dict[str, bytes] = {}
         self._young_bytes = 0
-        self._specials: dict[str, _Entry] = {}
+        self._specials: dict[str, bytes] = {}
         self._cut: re.Pattern[str] | None = None
         self.why_off = ""
         """Why the cache is not used; empty if it is."""
@@ -170,7 +172,7 @@ class SegmentEncoder:
             return _prompt_of([self._plain(text)]) if len(text) <= work else None
         segments = self._cut.split(text)
         young = self._young
-        found: list[_Entry | None]
+        found: list[bytes | None]
         try:
             found = list(map(young.__getitem__, segments))
         except KeyError:
@@ -182,7 +184,7 @@ class SegmentEncoder:
                 new = {segment: self._encode_segment(segment) for segment in missing}
                 self.misses += len(missing)
                 self._store(new)
-                found = [entry or new[segments[i]] for i, entry in enumerate(found)]
+                found = [new[segments[i]] if entry is None else entry for i, entry in enumerate(found)]
             self._rotate()
         self.hits += len(found)
         return _prompt_of(found)  # type: ignore[arg-type]
@@ -194,13 +196,22 @@ class SegmentEncoder:
         young, old = self._young, self._old
         return list(dict.fromkeys(s for s in self._cut.split(text) if s not in young and s not in old))
 
-    def encode_segments(self, segments: Sequence[str]) -> list[_Entry]:
+    def encode_segments(self, segments: Sequence[str]) -> list[bytes]:
         """Encode segments; touches no shared state and releases the GIL while it works, so any thread may
         do it."""
         encodings = self._tokenizer.encode_batch_fast(list(segments), add_special_tokens=False)
         return [_entry(encoding.ids) for encoding in encodings]
 
-    def _encode_segment(self, segment: str) -> _Entry:
+    def segment_within(self, segment: str, work: int) -> tuple[bytes, int] | None:
+        """(int32 ids, JSON digits with commas) of text in which no token cuts, and how much work that was;
+        None if it would be more than `work`. Nothing is kept of it. The cache must be on."""
+        entry = self._young.get(segment) or self._old.get(segment)
+        if entry:
+            return entry, 0
+        cost = self.work_of((segment,))
+        return (self._encode_segment(segment), cost) if cost <= work else None
+
+    def _encode_segment(self, segment: str) -> bytes:
         if self._words is not None:
             ids = self._words.encode(segment)
             if ids is not None:
@@ -216,7 +227,7 @@ class SegmentEncoder:
             len(s) // _WORDS_FASTER if s.isascii() or s.count(" ") * 8 > len(s) else len(s) for s in segments
         )
 
-    def assemble(self, text: str, segments: Sequence[str], entries: Sequence[_Entry]) -> Prompt:
+    def assemble(self, text: str, segments: Sequence[str], entries: Sequence[bytes]) -> Prompt:
         """`text`'s Prompt once its `missing()` segments were encoded elsewhere. Loop thread only."""
         if self._cut is None:
             return _prompt_of(entries)
@@ -234,10 +245,21 @@ class SegmentEncoder:
         more."""
         return self._young_bytes
 
+    @property
+    def cut(self) -> re.Pattern[str] | None:
+        """Splits text into segments and, between them, the tokens at which it is cut; None: the cache is
+        off."""
+        return self._cut
+
+    @property
+    def tokens(self) -> list[str]:
+        """The tokens at which text is cut."""
+        return [token for token in self._specials if token]
+
     # -- inside
     # -----------------------------------------------------------------------------------------------------
 
-    def _promote(self, segments: Sequence[str], found: list[_Entry | None]) -> list[str]:
+    def _promote(self, segments: Sequence[str], found: list[bytes | None]) -> list[str]:
         """Fill gaps of `found` from the old generation; the distinct segments that are in neither."""
         missing: dict[str, None] = {}
         for i, entry in enumerate(found):
@@ -251,7 +273,7 @@ class SegmentEncoder:
                     self._store({segment: entry})
         return list(missing)
 
-    def _store(self, entries: Mapping[str, _Entry]) -> None:
+    def _store(self, entries: Mapping[str, bytes]) -> None:
         for segment, entry in entries.items():
             if segment not in self._young:
                 self._young[segment] = entry
@@ -263,7 +285,7 @@ class SegmentEncoder:
             self._young = dict(self._specials)
             self._young_bytes = 0
 
-    def _plain(self, text: str) -> _Entry:
+    def _plain(self, text: str) -> bytes:
         return _entry(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     # -- start
@@ -282,7 +304,7 @@ class SegmentEncoder:
             return
         self._cut = re.compile(f"({literals_pattern(tokens)})")
         self._specials = {token: self._plain(token) for token in tokens}
-        self._specials[""] = (b"", b"")
+        self._specials[""] = b""
         self._young = dict(self._specials)
         differing = self.self_test(tokens)
         if differing is not None:
@@ -334,14 +356,13 @@ def probes(tokens: Sequence[str]) -> Iterable[str]:
     yield from (few[0].join(_NEIGHBOURS[:n]) for n in range(2, len(_NEIGHBOURS), 7))
 
 
-def _entry(ids: Sequence[int]) -> _Entry:
-    return (array("i", ids).tobytes(), msgspec.json.encode(ids)[1:-1] + b",") if ids else (b"", b"")
+def _entry(ids: Sequence[int]) -> bytes:
+    return array("i", ids).tobytes()
 
 
-def _cost(segment: str, entry: _Entry) -> int:
-    return len(segment) * 2 + len(entry[0]) + len(entry[1]) + _ENTRY_OVERHEAD_BYTES
+def _cost(segment: str, entry: bytes) -> int:
+    return len(segment) * 2 + len(entry) + _ENTRY_OVERHEAD_BYTES
 
 
-def _prompt_of(entries: Sequence[_Entry]) -> Prompt:
-    # every JSON part ends in a comma; the last one goes
-    return Prompt(b"".join([e[0] for e in entries]), b"".join([e[1] for e in entries])[:-1])
+def _prompt_of(entries: Sequence[bytes]) -> Prompt:
+    return Prompt(b"".join(entries))

@@ -12,14 +12,14 @@ rendering):
     5 messages, 194 tokens:    jinja2 23.6   minijinja  6.3   jinja2 as here 12.8
     30 messages, 3.7k tokens:  jinja2 104    minijinja 30.9   jinja2 as here 37.0
 
-What stock jinja2 loses is one raised AttributeError for each `message.role`; `_Environment` looks into
+What stock jinja2 loses is one raised AttributeError for each `message.role`; `SandboxEnvironment` looks into
 plain dicts and lists first. The 6 µs that remain do not pay for a second implementation of Jinja, which
 must agree with the first on every input: string methods, float formatting, truthiness and the texts of
 errors.
 
-Invariant: for the plain JSON values a request can hold, `_Environment` resolves every name to what jinja2's
-sandbox resolves it to. No template source is ever taken from a request.
-Source: transformers.utils.chat_template_utils (behaviour); the wire page, "Template hf".
+Invariant: for the plain JSON values a request can hold, `SandboxEnvironment` resolves every name to what
+jinja2's sandbox resolves it to. No template source is ever taken from a request. Source:
+transformers.utils.chat_template_utils (behaviour); the wire page, "Template hf".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import jinja2.exceptions
@@ -48,7 +48,7 @@ class TemplateFailed(ValueError):
     transformers'."""
 
 
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Jinja's sandbox with a short way into plain JSON values; everything else goes the sandbox's way."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -142,8 +142,12 @@ def _tojson(
     )
 
 
-def _environment() -> _Environment:
-    environment = _Environment(
+_Kind = TypeVar("_Kind", bound=SandboxEnvironment)
+
+
+def prepared(kind: type[_Kind]) -> _Kind:
+    """An environment of this kind with the extras that transformers gives to templates."""
+    environment = kind(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
@@ -202,13 +206,19 @@ def check_template_kwargs(kwargs: Mapping[str, Any]) -> None:
 class ChatTemplate:
     """A tokenizer's chat template, compiled once; or several by name ("default", "tool_use", …)."""
 
-    def __init__(self, source: str | Mapping[str, str] | None, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        source: str | Mapping[str, str] | None,
+        special_tokens: Mapping[str, str],
+        environment: SandboxEnvironment | None = None,
+    ) -> None:
         """`special_tokens`: bos_token, eos_token… as the template sees them. Raises TemplateFailed if it
         won't compile."""
+        self._source = source
         self._variables = dict(special_tokens)
         sources = {"default": source} if isinstance(source, str) else dict(source or {})
         self._single = isinstance(source, str)
-        environment = _environment()
+        environment = environment or prepared(SandboxEnvironment)
         try:
             self._templates = {name: environment.from_string(text) for name, text in sources.items()}
         except jinja2.exceptions.TemplateSyntaxError as error:
@@ -216,6 +226,18 @@ class ChatTemplate:
         for template in self._templates.values():
             # jinja2's is a ChainMap, which every rendering walks twice; nothing is added to it here
             template.globals = dict(template.globals)
+
+    def compiled_for(self, environment: SandboxEnvironment) -> ChatTemplate:
+        """The same template in another environment."""
+        return ChatTemplate(self._source, self._variables, environment)
+
+    def pieces(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[Any]:
+        """What the template writes, piece by piece; joined, `render` without kwargs. Raises whatever the
+        template raises."""
+        template = self._choose(tools)
+        variables: dict[str, Any] = {**self._variables, "documents": None}
+        variables.update(messages=_with_reasoning(messages), tools=tools, add_generation_prompt=True)
+        return list(template.root_render_func(template.new_context(variables)))
 
     def render(
         self,

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,8 +29,10 @@ from typing import Any, Protocol
 import msgspec
 from tokenizers import Tokenizer as Encoder
 
+from areal_fast.core._tokens import TokenBytes
 from areal_fast.engine.detokenize import BytePieces, Pieces, WholePieces, WindowPieces, byte_alphabet
 from areal_fast.engine.folder import Folder, TokenizerError, clean_up, load_folder, needs_own_code
+from areal_fast.engine.known import KnownChats
 from areal_fast.engine.segments import Prompt, SegmentEncoder
 from areal_fast.engine.templates import ChatTemplate, TemplateFailed, check_template_kwargs
 
@@ -126,7 +129,8 @@ class HfTokenizer:
     """A tokenizer from a Hugging Face folder. Implements Tokenizer."""
 
     def __init__(self, folder: Folder, *, cache_bytes: int = 32 << 20) -> None:
-        """`cache_bytes` bounds the segment cache; 0 switches it off. Raises TokenizerError."""
+        """`cache_bytes` bounds the caches of segments and of messages; 0 switches them off. Raises
+        TokenizerError."""
         self._encoder = folder.tokenizer
         self._clean_up = folder.clean_up_spaces
         try:
@@ -134,13 +138,16 @@ class HfTokenizer:
         except TemplateFailed as error:
             raise TokenizerError(str(error)) from error
         self.named_tokens = folder.named_tokens
-        self.segments = SegmentEncoder(self._encoder, limit_bytes=cache_bytes)
+        self.segments = SegmentEncoder(self._encoder, limit_bytes=cache_bytes // 2)
+        self.known = KnownChats(
+            self.template, self.segments, OFFLOAD_CHARS, limit_bytes=cache_bytes - cache_bytes // 2
+        )
         self.vocab_size: int = self._encoder.get_vocab_size(with_added_tokens=True)
         self.eos_id = self._id_of("eos_token")
         pad_id = self._id_of("pad_token")
         self.pad_id = self.eos_id if pad_id is None else pad_id
         by_bytes = type(self._encoder.decoder).__name__ == "ByteLevel" and not self._clean_up
-        self._bytes = _TokenBytes(self._encoder) if by_bytes else None
+        self._bytes = TokenBytes(self.vocab_size, _Speller(self._encoder)) if by_bytes else None
         self._by_window = not self._clean_up and _is_sentencepiece(self._encoder)
 
     def _id_of(self, name: str) -> int | None:
@@ -184,13 +191,17 @@ class HfTokenizer:
         if self._bytes is not None:
             # what the byte-level decoder does, at a third of its cost: both replace bad bytes by maximal
             # subparts
-            return b"".join(map(self._bytes.__getitem__, ids)).decode("utf-8", "replace")
+            return self._join(ids).decode("utf-8", "replace")
         text: str = self._encoder.decode(list(ids), skip_special_tokens=False)
         return clean_up(text) if self._clean_up else text
 
+    def _join(self, ids: Iterable[int]) -> bytes:
+        assert self._bytes is not None
+        return self._bytes.join(ids if type(ids) is array else array("i", ids))
+
     def incremental(self) -> Pieces:
         if self._bytes is not None:
-            return BytePieces(self._bytes.__getitem__)
+            return BytePieces(self._join)
         if self._by_window:
             return WindowPieces(self.decode, self._encoder.id_to_token)
         return WholePieces(self.decode)
@@ -223,24 +234,20 @@ def _is_sentencepiece(encoder: Encoder) -> bool:
     return "ByteFallback" in steps and steps <= {"Replace", "ByteFallback", "Fuse", "Strip"}
 
 
-class _TokenBytes(dict[int, bytes]):
-    """id → bytes of a byte-level vocabulary, filled as ids come. A token with a character that stands for
-    no byte (an added one) is its own UTF-8, as in tokenizers' ByteLevel decoder."""
+class _Speller:
+    """id → bytes of a byte-level vocabulary. A token with a character that stands for no byte (an added one)
+    is its own UTF-8, as in tokenizers' ByteLevel decoder; an unknown id has none."""
 
     def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
         self._encoder = encoder
         self._alphabet = byte_alphabet()
 
-    def __missing__(self, token_id: int) -> bytes:
+    def __call__(self, token_id: int) -> bytes:
         token = self._encoder.id_to_token(token_id)
         if token is None:
-            value = b""
-        else:
-            stands_for = [self._alphabet.get(character) for character in token]
-            value = token.encode() if None in stands_for else bytes(stands_for)  # type: ignore[arg-type]
-        self[token_id] = value
-        return value
+            return b""
+        stands_for = [self._alphabet.get(character) for character in token]
+        return token.encode() if None in stands_for else bytes(stands_for)  # type: ignore[arg-type]
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, cache_bytes: int = 32 << 20) -> Tokenizer:

@@ -16,6 +16,7 @@ Source: areal.experimental.inference_service.vllm.bridge; vllm.entrypoints.opena
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
@@ -120,7 +121,7 @@ class VLLM:
         if not answer.choices or answer.choices[0].finish_reason is None:
             raise EngineError("Engine sent an answer without finish_reason")
         choice = answer.choices[0]
-        attempt = Attempt(ids=[], logprobs=[], stop=choice.finish_reason or "")
+        attempt = Attempt(ids=array("i"), logprobs=array("f"), stop=choice.finish_reason or "")
         if choice.logprobs is not None:
             _add(attempt, choice.logprobs)
         elif attempt.stop != "abort":
@@ -149,7 +150,7 @@ class StreamedAttempt:
     """One streamed answer, event by event; each carries only what is new."""
 
     def __init__(self) -> None:
-        self.attempt = Attempt(ids=[], logprobs=[], stop="")
+        self.attempt = Attempt(ids=array("i"), logprobs=array("f"), stop="")
         self._saw_logprobs = False
 
     def add(self, data: bytes) -> list[int]:
@@ -164,7 +165,7 @@ class StreamedAttempt:
                 _add(self.attempt, choice.logprobs)
             if choice.finish_reason is not None:
                 self.attempt.stop = choice.finish_reason
-        return self.attempt.ids[known:]
+        return self.attempt.ids[known:].tolist()
 
     def end(self) -> Attempt:
         """The whole answer once the stream has ended. Raises EngineError if it ended too early."""
@@ -196,8 +197,8 @@ def _add(attempt: Attempt, logprobs: _Logprobs) -> None:
         raise EngineError(f"Engine sent {len(values)} log-probabilities for {len(names)} tokens")
     if NO_LOGPROB in values:
         raise EngineError(f"Engine sent the log-probability {NO_LOGPROB:g}, which stands for none")
-    attempt.ids += _ids(names)
-    attempt.logprobs += values
+    attempt.ids.extend(_ids(names))
+    attempt.logprobs.extend(values)
 
 
 def _ids(names: Sequence[str]) -> Iterator[int]:

@@ -100,6 +100,9 @@ class ChatRequest(msgspec.Struct, kw_only=True, gc=False):
         return self.store is not False
 
 
+MESSAGES_TAKEN = b"[{}]"
+"""What stands for the messages of a body whose messages were taken out, so that the rest can be decoded."""
+
 _decoder = msgspec.json.Decoder(ChatRequest)
 
 

@@ -5,13 +5,14 @@ if both carry the same Idempotency-Key, or if the bodies are equal byte for byte
 otherwise) and the twin's reply is known to be lost: its client was gone, or the worker that recorded it died
 before it noted that the reply was going out. Equal bodies otherwise are two samples.
 
-A record's `body_hash` is: BLAKE2b-128 of the body, the recording process (records.courier_word), and, if a
-key was given, BLAKE2b-128 of it. A SENT record says afterwards what became of the reply.
+A record's `body_hash` is: the body's fingerprint, 16 bytes; the recording process (records.courier_word);
+and, if a key was given, its fingerprint. They tell apart what nobody made to be alike (csrc/messages.h): a
+client that makes two bodies with one fingerprint gets its own earlier answer, if that was lost, and harms
+nobody else. A SENT record says afterwards what became of the reply.
 """
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from typing import NamedTuple
 
@@ -31,10 +32,6 @@ class Asked(NamedTuple):
         return self.body + _PROCESS.pack(process) + self.key
 
 
-def asked(body: bytes, idempotency_key: bytes | None) -> Asked:
-    return Asked(_digest(body), _digest(idempotency_key) if idempotency_key else b"")
-
-
 def unpack(body_hash: bytes) -> tuple[Asked, int]:
     """(what was asked, the process that recorded it) of a record; nobody's if it has none."""
     if len(body_hash) < 24:
@@ -42,5 +39,8 @@ def unpack(body_hash: bytes) -> tuple[Asked, int]:
     return Asked(body_hash[:16], body_hash[24:]), _PROCESS.unpack_from(body_hash, 16)[0]
 
 
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+def told_by(body_hash: bytes) -> tuple[bytes, ...]:
+    """The fingerprints in a record's `body_hash`: of the body, and of the key if there was one."""
+    if len(body_hash) <= 24:
+        return (body_hash[:16],) if len(body_hash) == 24 else ()
+    return body_hash[:16], body_hash[24:]

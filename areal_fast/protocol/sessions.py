@@ -81,9 +81,12 @@ class Trajectory(msgspec.Struct, gc=False, eq=False):
             self.by_prefix[m.messages_hash] = min(self.by_prefix.get(m.messages_hash, ordinal), ordinal)
 
         if m is not None and m.body_hash:
-            one, _ = retries.unpack(m.body_hash)
-            for known in filter(None, one):
-                self.by_asked.setdefault(known, []).append(ordinal)
+            for known in retries.told_by(m.body_hash):
+                several = self.by_asked.get(known)
+                if several is None:
+                    self.by_asked[known] = [ordinal]
+                else:
+                    several.append(ordinal)
 
     def twin_of(self, one: retries.Asked, lives: Callable[[int], bool]) -> Interaction | None:
         """The interaction whose reply this request is after; `lives` tells of a process. See retries.py."""

@@ -28,7 +28,7 @@ from areal_fast.engine.detokenize import OutputRejected
 from areal_fast.engine.errors import EngineFault
 from areal_fast.engine.generate import Engine, Generation
 from areal_fast.engine.sampling import MAX_TOTAL_TOKENS, sampling_from_chat, stable_seed
-from areal_fast.engine.tokenizer import Prompt, TemplateFailed, Tokenizer
+from areal_fast.engine.tokenizer import HfTokenizer, Prompt, TemplateFailed, Tokenizer
 from areal_fast.engine.tools import ToolParsing
 from areal_fast.errors import ExportBusy
 from areal_fast.protocol.chat import BadChat, ChatRequest, decode_chat, with_object_arguments
@@ -84,6 +84,7 @@ class Chats:
         self._tools = tools
         self._object_arguments = object_arguments
         self._deterministic = deterministic
+        self._known = tokenizer.known if isinstance(tokenizer, HfTokenizer) and not concat else None
         self._retries = Retries(store)
         self.in_flight = 0
         """Turns begun and not ended, those whose client has gone included."""
@@ -91,10 +92,11 @@ class Chats:
     async def serve(self, exchange: Exchange) -> None:
         """The whole life of one chat. Always answers."""
         call = self._externals.call_in(exchange.body)
-        chat, engine = None, self._engine()
+        chat, prompt, engine = None, None, self._engine()
         if call is None:
             try:
-                chat = decode_chat(exchange.body)
+                known = self._known.take(exchange.body) if self._known is not None else None
+                chat, prompt = known or (decode_chat(exchange.body), None)
             except BadChat as error:
                 refuse(exchange, 400, str(error))
                 return
@@ -113,7 +115,7 @@ class Chats:
             if call is not None:
                 await self._externals.forward(exchange, call, session)
             elif chat is not None and engine is not None and self._tokenizer is not None:
-                await self._answer(exchange, chat, session, engine, self._tokenizer)
+                await self._answer(exchange, chat, prompt, session, engine, self._tokenizer)
         except (BadChat, TemplateFailed) as error:
             refuse(exchange, 400, str(error))
         except (EngineFault, OutputRejected) as error:
@@ -130,9 +132,11 @@ class Chats:
         nothing. Raises BadChat, TemplateFailed (400)."""
         if self._tokenizer is None:
             return None
-        chat = decode_chat(body)
+        return len(await self._prompt(decode_chat(body), self._tokenizer))
+
+    async def _prompt(self, chat: ChatRequest, tokenizer: Tokenizer) -> Prompt:
         messages = with_object_arguments(chat.messages) if self._object_arguments else chat.messages
-        return len(await self._tokenizer.prompt(messages, chat.tools, chat.template_kwargs))
+        return await tokenizer.prompt(messages, chat.tools, chat.template_kwargs)
 
     def _session(self, exchange: Exchange) -> Session | None:
         token = auth.bearer(exchange.headers.get(b"authorization"))
@@ -156,18 +160,20 @@ class Chats:
         self,
         exchange: Exchange,
         chat: ChatRequest,
+        known: Prompt | None,
         session: Session | None,
         engine: Engine,
         tokenizer: Tokenizer,
     ) -> None:
-        """From the record, if this is a repeat whose first reply was lost (retries.py), else by a turn."""
+        """From the record, if this is a repeat whose first reply was lost (retries.py), else by a turn.
+        `known`: the chat's prompt, where it was made without its messages (engine/known.py)."""
         if session is None or not chat.wants_store:
-            await self._turn(exchange, chat, session, engine, tokenizer, None)
+            await self._turn(exchange, chat, known, session, engine, tokenizer, None)
             return
         one, twin = await self._retries.twin(session, exchange)
         if twin is None:
             with self._retries.flight(session, exchange, one) as flight:
-                await self._turn(exchange, chat, session, engine, tokenizer, flight)
+                await self._turn(exchange, chat, known, session, engine, tokenizer, flight)
             return
         if self._concat:
             chat.stop = None
@@ -201,6 +207,7 @@ class Chats:
         self,
         exchange: Exchange,
         chat: ChatRequest,
+        known: Prompt | None,
         session: Session | None,
         engine: Engine,
         tokenizer: Tokenizer,
@@ -210,8 +217,7 @@ class Chats:
         routed: RoutedIntake | None = None
         try:
             line = Line(chat, turn) if self._concat else None
-            messages = with_object_arguments(chat.messages) if self._object_arguments else chat.messages
-            prompt = await tokenizer.prompt(messages, chat.tools, chat.template_kwargs)
+            prompt = known or await self._prompt(chat, tokenizer)
             if line is not None:
                 prompt = line.prompt(prompt, tokenizer)
             sampling = sampling_from_chat(
@@ -238,7 +244,7 @@ class Chats:
                     )
                     rest, reason = answered.finish(generation)
                     said = line.messages_hash([*stream.said, rest]) if line is not None else b""
-                    words = self._words(chat, [*stream.said, rest])
+                    words = self._words(exchange.body, [*stream.said, rest])
                     experts = await _published(routed, len(prompt) + len(generation.output_ids))
                     self._commit(turn, prompt, generation, said, flight, words, experts)
                 except (EngineFault, OutputRejected, ArenaFull) as error:
@@ -251,7 +257,7 @@ class Chats:
             generation = await engine.generate(prompt, sampling, routed=routed)
             answer = whole_answer(generation, chat, prompt, sampling, tokenizer, self._tools)
             said = line.messages_hash([Piece(answer.content, answer.calls)]) if line is not None else b""
-            words = self._words(chat, [Piece(answer.content, answer.calls)])
+            words = self._words(exchange.body, [Piece(answer.content, answer.calls)])
             experts = await _published(routed, len(prompt) + len(generation.output_ids))
             self._commit(turn, prompt, generation, said, flight, words, experts)
             leaving = flight.leaving if flight is not None else None
@@ -262,12 +268,13 @@ class Chats:
             if turn is not None:
                 turn.abandon()
 
-    def _words(self, chat: ChatRequest, said: list[Piece]) -> bytes:
+    def _words(self, body: bytes, said: list[Piece]) -> bytes:
         """The chat as text, kept where external models exist: a trajectory that has interactions of both
         kinds is exported as text."""
         if not self._externals.names:
             return b""
-        return pack_words(msgspec.json.encode(chat.messages), "".join(piece.content for piece in said))
+        messages = decode_chat(body).messages
+        return pack_words(msgspec.json.encode(messages), "".join(piece.content for piece in said))
 
     def _commit(
         self,

@@ -21,7 +21,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from areal_fast.protocol.retries import Asked, asked
+from areal_fast.core._messages import fingerprint
+from areal_fast.protocol.retries import Asked
 from areal_fast.store.couriers import courier_of
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ class Retries:
 
     async def twin(self, session: Session, exchange: Exchange) -> tuple[Asked, Twin | None]:
         """What the request is told apart by, and the recorded answer that it is after."""
-        one = asked(exchange.body, exchange.headers.get(b"idempotency-key"))
+        key = exchange.headers.get(b"idempotency-key")
+        one = Asked(fingerprint(exchange.body), fingerprint(key) if key else b"")
         while waiting := [f for f in self._flights.get(session.slot, ()) if f.is_twin_of(one)]:
             await waiting[0].landed()
         return one, session.twin(one)

@@ -146,25 +146,32 @@ class Session:
 
     def fate(self, place: tuple[int, int]) -> Callable[[bool], None]:
         """To be called with what becomes of the reply of (trajectory, ordinal): True when it is on its way or
-        arrived, False when it is lost; the last word counts. Nothing is pinned until then."""
+        arrived, False when it is lost; the last word counts. It may be called after `release`."""
         arena, slot = self._store.arena, self.slot
-        created_ns = arena.slot_info(slot).created_ns
+        created_ns = arena.slot_created_ns(slot)
 
         def note(arrived: bool) -> None:
+            if self._pinned:
+                self._note_sent(place, arrived)
+                return
             if not arena.pin_slot(slot):
                 return
             try:
                 info = arena.slot_info(slot)
                 if (info.id.decode(), info.created_ns) != (self.session_id, created_ns):
                     return
-                meta = rec.pack_sent(*place, retries.ARRIVED if arrived else retries.LOST)
-                arena.append(slot, rec.SENT, meta)
-            except (Gone, ArenaFull):
-                pass  # nobody will ask, or the worst is one answer told twice
+                self._note_sent(place, arrived)
             finally:
                 arena.unpin(slot)
 
         return note
+
+    def _note_sent(self, place: tuple[int, int], arrived: bool) -> None:
+        meta = rec.pack_sent(*place, retries.ARRIVED if arrived else retries.LOST)
+        try:
+            self._store.arena.append(self.slot, rec.SENT, meta)
+        except (Gone, ArenaFull):
+            pass  # nobody will ask, or the worst is one answer told twice
 
     def set_reward(self, reward: float, interaction_id: str | None = None) -> RewardResult:
         """Set a reward on an active interaction (null or "": the newest).

@@ -25,7 +25,7 @@ BELOW = {
     "http": {"protocol", "errors", "config"},
     "shards": {"core", "protocol", "errors", "config"},
     "store": {"core", "protocol", "shards", "errors", "config"},
-    "engine": {"http", "protocol", "errors", "config"},
+    "engine": {"core", "http", "protocol", "errors", "config"},
     "embedded": {"http", "engine", "protocol", "errors", "config"},
     "service": {"engine", "store", "shards", "http", "embedded", "core", "protocol", "errors", "config"},
     "client": {"shards", "http", "protocol", "errors"},

@@ -80,6 +80,7 @@ CALLS = {
     "shard_succeed": (0, 0),
     "shard_view": (0,),
     "slot_id": (0,),
+    "slot_created_ns": (0,),
     "slot_info": (0,),
     "start": (b"t", b"k"),
     "stats": (),
@@ -455,11 +456,12 @@ def test_no_reference_and_no_buffer_is_lost(core):
 
 
 def test_the_short_questions_agree_with_the_long_ones(core):
-    """slot_id, sessions_active and record_of are parts of slot_info, stats and read."""
+    """slot_id, slot_created_ns, sessions_active and record_of are parts of slot_info, stats and read."""
     slots = [core.start(b"t", b"k%d" % i)[0] for i in range(5)]
     for slot in slots:
         assert core.pin_slot(slot)
         assert core.slot_id(slot) == core.slot_info(slot).id
+        assert core.slot_created_ns(slot) == core.slot_info(slot).created_ns
     core.close_session(slots[0])
     assert core.sessions_active() == core.stats()["sessions_active"] == 4
     for n in range(3):

@@ -1,0 +1,394 @@
+"""Chats taken by their bytes (engine/known.py) against the general way: the same request, the same ids,
+whatever the bodies and the caches hold; and what is no chat of this kind is left alone. The rules of
+skeletons one by one."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from areal_fast.core import BadArgument
+from areal_fast.core._messages import KnownMessages, Message, Plan, digest, fingerprint
+from areal_fast.engine.known import KnownChats
+from areal_fast.engine.skeletons import Tracer
+from areal_fast.engine.templates import ChatTemplate, TemplateFailed
+from areal_fast.engine.tokenizer import HfTokenizer
+from areal_fast.protocol.chat import BadChat, decode_chat
+from tests import token_folders
+from tests.property.test_tokens import FOLDERS, ours, text, tool
+
+SETTINGS = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+
+QWEN3 = r"""{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0].role == 'system' %}
+        {{- messages[0].content + '\n\n' }}
+    {%- endif %}
+    {{- "# Tools\n\n<tools>" }}
+    {%- for tool in tools %}
+        {{- "\n" }}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- "\n</tools><|im_end|>\n" }}
+{%- else %}
+    {%- if messages[0].role == 'system' %}
+        {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and message.content is string and not(message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.content is string %}
+        {%- set content = message.content %}
+    {%- else %}
+        {%- set content = '' %}
+    {%- endif %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set reasoning_content = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set reasoning_content = message.reasoning_content %}
+        {%- else %}
+            {%- if '</think>' in content %}
+                {%- set reasoning_content = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+                {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+            {%- endif %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_query_index %}
+            {%- if loop.last or (not loop.last and reasoning_content) %}
+                {{- '<|im_start|>' + message.role + '\n<think>\n' + reasoning_content.strip('\n') +
+                '\n</think>\n\n' + content.lstrip('\n') }}
+            {%- else %}
+                {{- '<|im_start|>' + message.role + '\n' + content }}
+            {%- endif %}
+        {%- else %}
+            {{- '<|im_start|>' + message.role + '\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == "tool" %}
+        {%- if loop.first or (messages[loop.index0 - 1].role != "tool") %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\n<tool_response>\n' }}
+        {{- content }}
+        {{- '\n</tool_response>' }}
+        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
+            {{- '<|im_end|>\n' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""  # noqa: E501
+GLUED = (
+    "{% for m in messages %}<|im_start|>{{ m.content }}{{ m.role }}<|im_{{ m.content }}<|im_end|>{% endfor %}"
+)
+TRIMMED = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content | trim }}<|im_end|>"
+    "{% if m.content %}!{% endif %}{% endfor %}"
+)
+# tight: a content may join with what is next to it to a special token
+TIGHT = "{% for m in messages %}{{ m.role }}<{{ m.content }}|im_end|><|im_end|>{% endfor %}"
+
+
+@functools.cache
+def with_template(source: str, limit_bytes: int) -> tuple[KnownChats, ChatTemplate, HfTokenizer]:
+    tokenizer = ours(token_folders.qwen(), 1 << 20)
+    template = ChatTemplate(source, {"bos_token": "<|endoftext|>"})
+    return KnownChats(template, tokenizer.segments, 1 << 20, limit_bytes=limit_bytes), template, tokenizer
+
+
+def check(known: KnownChats, template: ChatTemplate, tokenizer: HfTokenizer, body: bytes) -> bool:
+    """Was it taken, and rightly?"""
+    taken = known.take(body)
+    if taken is None:
+        return False
+    request, prompt = taken
+    general = decode_chat(body)
+    expected = tokenizer.encode(template.render(general.messages, general.tools, general.template_kwargs))
+    assert prompt.data == expected.data
+    assert prompt.json == expected.json
+    request.messages = general.messages
+    assert request == general
+    return True
+
+
+message = st.one_of(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": text}
+    ),
+    st.fixed_dictionaries(
+        {
+            "content": text
+            | st.sampled_from(["<tool_response>a</tool_response>", "<think>\na\n</think>\n\nb", ""])
+        },
+        optional={"name": st.none()},
+    ).map(lambda fields: {**fields, "role": "assistant"}),
+    st.fixed_dictionaries({"role": st.just("user"), "content": st.none() | text, "name": text}),
+)
+members = st.dictionaries(
+    st.sampled_from(["temperature", "max_tokens", "stream", "model", "x", "metadata",
+    "chat_template_kwargs"]), st.sampled_from([None, 1, True, "a\\\"]}", {"messages": [{"a": "]"}]},
+    [["]"]]]), max_size=3,
+)  # fmt: skip
+
+
+@st.composite
+def bodies(draw: st.DrawFn, messages: st.SearchStrategy[Any] = message) -> bytes:
+    fields = [*draw(members).items(), ("messages", draw(st.lists(messages, min_size=1, max_size=6)))]
+    if draw(st.booleans()):
+        fields.append(("tools", draw(st.none() | st.lists(tool, max_size=2))))
+    separators = draw(st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", "\t: ")]))
+    ordered = dict(draw(st.permutations(fields)))
+    return json.dumps(ordered, ensure_ascii=draw(st.booleans()), separators=separators).encode()
+
+
+@pytest.mark.parametrize("source", [QWEN3, GLUED, TRIMMED, TIGHT, "qwen2.5"])
+@pytest.mark.parametrize("limit_bytes", [1 << 20, 3000])
+@SETTINGS
+@given(several=st.lists(bodies(), min_size=1, max_size=3))
+def test_what_is_taken_is_what_the_general_way_makes(
+    source: str, limit_bytes: int, several: list[bytes]
+) -> None:
+    if source == "qwen2.5":
+        source = token_folders.qwen_folder.CHAT_TEMPLATE
+    chats = with_template(source, limit_bytes)
+    for body in several * 2:
+        check(*chats, body)
+
+
+@pytest.mark.parametrize("family", sorted(FOLDERS))
+@settings(SETTINGS, max_examples=30)
+@given(body=bodies())
+def test_other_families(family: str, body: bytes) -> None:
+    tokenizer = ours(FOLDERS[family](), 1 << 20)
+    for _ in range(2):
+        check(tokenizer.known, tokenizer.template, tokenizer, body)
+
+
+@pytest.mark.parametrize("source", [QWEN3, token_folders.qwen_folder.CHAT_TEMPLATE])
+def test_a_growing_conversation_is_taken(source: str) -> None:
+    chats = with_template(source, 1 << 20)
+    messages = [{"role": "system", "content": "Be brief."}]
+    for turn in range(5):
+        messages.append({"role": "user", "content": f"What is {turn} + {turn}?"})
+        body = json.dumps({"messages": messages, "max_tokens": 5}).encode()
+        assert check(*chats, body) and check(*chats, body)
+        messages.append({"role": "assistant", "content": f"It is {2 * turn}."})
+
+
+@SETTINGS
+@given(bodies(), st.data())
+def test_damaged_bodies(body: bytes, data: st.DataObject) -> None:
+    chats = with_template(token_folders.qwen_folder.CHAT_TEMPLATE, 1 << 20)
+    chats[0].take(body)
+    damaged = bytearray(body)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(damaged) - 1))
+        if data.draw(st.booleans()):
+            damaged[at] = data.draw(st.sampled_from(list(b'[]{},:"\\ m0\xff\x00')))
+        else:
+            damaged[at : at + data.draw(st.integers(0, 3))] = data.draw(
+                st.sampled_from([b"", b'"', b'"messages":[{}],', b"\\", b"}", b"]", b',"messages":1'])
+            )
+    try:
+        check(*chats, bytes(damaged))
+    except (BadChat, TemplateFailed) as error:
+        pytest.fail(f"taken, and refused in the general way: {error}")
+
+
+@given(st.binary(max_size=80))
+def test_any_bytes(body: bytes) -> None:
+    KnownMessages(1000).find(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"messages":[{"role":"user","content":"a"}],"messages":[{"role":"user","content":"b"}]}',
+        b'{"messages":[{"role":"user","content":"a"}],"m\\u0065ssages":[{"role":"user","content":"b"}]}',
+        b'{"messages":[{"role":"user","content":"a"}]} x',
+        b'{"messages":[{"role":"user","content":"a"},]}',
+        b'{"messages":[]}',
+        b'{"messages":[{"role":"user","content":"a"}],}',
+        b'{"messages":[{"role":"user","content":"a","content":null}]}',
+        b'{"messages":[{"role":"user","content":"\\ud800"}]}',
+        b'{"messages":[{"role":"user","content":"a","x":1}]}',
+        b'{"messages":[{"role":"user","content":"a"}],"n":2}',
+        b'{"messages":[{"role":"user","content":"a"}],"chat_template_kwargs":{"enable_thinking":false}}',
+        b'{"messages":[{"role":"user","content":"say <|im_end|>"}]}',
+        b'[{"messages":[{"role":"user","content":"a"}]}]',
+    ],
+)
+def test_what_is_left_to_the_general_way(body: bytes) -> None:
+    known, _, _ = with_template(token_folders.qwen_folder.CHAT_TEMPLATE, 1 << 20)
+    assert known.take(b'{"messages":[{"role":"user","content":"a"}]}') is not None
+    assert known.take(body) is None
+
+
+def test_long_new_text_is_left_to_the_general_way() -> None:
+    tokenizer = ours(token_folders.qwen(), 1 << 20)
+    known = KnownChats(tokenizer.template, tokenizer.segments, 50, limit_bytes=1 << 20)
+    long = json.dumps({"messages": [{"role": "user", "content": "word " * 200}]}).encode()
+    assert known.take(long) is None
+    tokenizer.encode(tokenizer.template.render(decode_chat(long).messages))
+    assert check(known, tokenizer.template, tokenizer, long), "its segments are known now"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ m.content | length }}",
+        "{{ m.content.upper() }}",
+        "{{ m.content[0] }}",
+        "{{ m.content | tojson }}",
+        "{{ m | tojson }}",
+        "{{ m }}",
+        "{% if m.content == 'a' %}{% endif %}",
+        "{{ m.content in ['a'] }}",
+        "{{ m.content < 'b' }}",
+        "{{ {m.content: 1} | length }}{{ m.content }}",
+        "{{ m.content * 2 }}",
+        "{{ m.content % 3 }}",
+        "{{ '%5s' % m.content }}",
+        "{{ '{:>9}'.format(m.content) }}",
+        "{% for c in m.content %}{% endfor %}",
+        "{{ [m.content] | join('-') }}",
+        "{{ [m.content] | unique | list }}",
+        "{{ m.content | default('x') | reverse }}",
+        "{{ m.content is sameas 'a' }}",
+        "{{ m.content is upper }}",
+        "{{ m.content is in 'abc' }}",
+        "{{ ('a' ~ m.content) | length }}",
+        "{{ ('a' + m.content)[0] }}",
+        "{% if 'a' + m.content %}{% endif %}",
+        "{{ m.content + 1 }}",
+        "{{ messages | map(attribute='content') | sort }}",
+        "{{ messages | selectattr('content', 'equalto', 'x') | list | length }}{{ m.content }}",
+        "{{ messages | groupby('content') | length }}{{ m.content }}",
+        "{{ strftime_now('%Y') }}{{ m.content }}",
+        "{{ ['a', 'b'] | random }}{{ m.content }}",
+        "{{ raise_exception('no') }}{{ m.content }}",
+        "{{ m.content.replace('a', 'b') }}",
+        "{{ m.content.__class__ }}",
+        "{{ m.content.startswith }}",
+        "{{ m.content | trim | length }}",
+        "{{ m.content | trim('x') }}",
+        "{{ m.content }}{{ m.content }}",
+        "none",
+        "{% if m.content | trim %}{% endif %}{{ m.content }}",
+        "{{ m.content.strip().upper() }}",
+        "{% set x = namespace(n=0) %}{% if loop.changed(m.content) %}a{% endif %}{{ m.content }}",
+        "{{ m.content | string | length }}",
+        "{{ m.content | e }}",
+        "{{ m.content | safe }}",
+    ],
+)
+def test_templates_that_look_at_contents_have_no_skeleton(source: str) -> None:
+    template = ChatTemplate("{% for m in messages %}" + source + "{% endfor %}", {})
+    assert Tracer(template).trace(["user", "user"], ["a", "b"], None) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "guards"),
+    [
+        ("{{ m.role }}: {{ m.content }}", 0), ("{{ m.role + ':' + m.content + '.' }}", 0),
+        ("{{ m['role'] ~ m['content'] }}", 0), ("{{ m.content | trim }}", 0), ("{{ m.content.strip() }}", 0),
+        ("{% set c = m.content %}{{ c }}", 0), ("{% set c %}<{{ m.content }}>{% endset %}{{ c }}", 0),
+        ("{% if m.content is string and m.content is not none %}{{ m.content }}{% endif %}", 0),
+        ("{% if m.content is defined and m.content is not mapping %}{{ m.content }}{% endif %}", 0),
+        ("{{ m.content | default('x') }}{{ messages | length }}", 0), ("{{ loop.index }}{{ m.content }}", 0),
+        ("{% if 'a' in m.content %}A{% endif %}{{ m.content }}", 2), ("{{ m.content or '-' }}", 2),
+        ("{% if m.content.endswith('b') %}B{% endif %}{{ m.content }}", 2),
+        ("{% macro f(x) %}<{{ x }}>{% endmacro %}{{ f(m.content) }}", 0),
+    ],
+)  # fmt: skip
+def test_skeletons_and_their_conditions(source: str, guards: int) -> None:
+    template = ChatTemplate("<{% for m in messages %}" + source + "{% endfor %}>", {})
+    roles, contents = ["system", "user"], [" a ", "b"]
+    skeleton = Tracer(template).trace(roles, contents, None)
+    assert skeleton is not None and len(skeleton.guards) == guards
+    for others in (contents, [" aa\n", "bb"]):
+        said = [{"role": role, "content": content} for role, content in zip(roles, others, strict=True)]
+        assert skeleton.text(others) == template.render(said)
+
+
+def test_plans_refuse_what_makes_no_sense() -> None:
+    with pytest.raises(BadArgument):
+        Plan(("c",), (b"",))
+    with pytest.raises(BadArgument):
+        Plan((), ("",))  # type: ignore[arg-type]
+    with pytest.raises(BadArgument):
+        Plan(("c",), (b"", b""), ((1, 1, 1),))
+    plan = Plan(("c",), (b"", b""), ((0, 3, 2),))
+    with pytest.raises(BadArgument):
+        plan.prompt([])
+    message = Message(0)
+    assert plan.fits([message]) == 0, "the question was not answered"
+    message.asked, message.answers = 3, 1
+    assert plan.fits([message]) == -1
+    message.answers = 2
+    assert plan.fits([message]) is None and plan.prompt([message]) == 0, "it has no ids in this context"
+
+
+def test_places_are_those_of_the_last_body() -> None:
+    known, body = KnownMessages(1000), b'{"messages": [{"a":1}, {"b":[2]}]}'
+    found = known.find(body)
+    assert found is not None and found[1] == [0, 1] and body[found[2] : found[3]] == body[13:-1]
+    assert [body[slice(*known.place(i))] for i in (0, 1)] == [b'{"a":1}', b'{"b":[2]}']
+    with pytest.raises(BadArgument):
+        known.place(2)
+    with pytest.raises(BadArgument):
+        known.add(b"", 0, Message(0), "c", b"")
+    message = Message(0)
+    known.add(body, 1, message, "c", b"")
+    assert known.find(body) is not None and known.find(b'{"messages":[{"b":[2]}]}')[0] == [message]  # type: ignore[index]
+    assert known.find(b"") is None
+    with pytest.raises(BadArgument):
+        known.place(0)
+
+
+SEED = bytes(range(100, 116))
+
+
+@given(st.binary(max_size=200), st.data())
+def test_digests_tell_texts_apart(data: bytes, draw: st.DataObject) -> None:
+    other = bytearray(data)
+    for _ in range(draw.draw(st.integers(0, 2))):
+        at = draw.draw(st.integers(0, len(other)))
+        other[at : at + draw.draw(st.integers(0, 2))] = draw.draw(
+            st.sampled_from([b"", b"\0", b"a", b"\0\0"])
+        )
+    for tell in (fingerprint, functools.partial(digest, SEED)):
+        assert (tell(bytes(other)) == tell(data)) == (bytes(other) == data)
+        assert len(tell(data)) == 16
+
+
+def test_a_digest_is_the_polynomial_that_it_claims_to_be() -> None:
+    prime = 2**61 - 1
+    points = [int.from_bytes(SEED[i : i + 8], "little") & prime for i in (0, 8)]
+    for size in (0, 1, 6, 7, 8, 27, 28, 29, 57, 1000):
+        data = bytes((7 * i + size) % 256 for i in range(size))
+        padded = data.ljust(28 * max(1, -(-size // 28)), b"\0")
+        expected = []
+        for r in points:
+            h = 0
+            for at in range(0, len(padded), 7):
+                h = (h + int.from_bytes(padded[at : at + 7], "little")) * r % prime
+            expected.append(((h + size) * r % prime).to_bytes(8, "little"))
+        assert digest(SEED, data) == b"".join(expected)
+    with pytest.raises(BadArgument):
+        digest(b"short", b"")

@@ -1,0 +1,180 @@
+"""An engine's rows read in C against msgspec; ids as text; a vocabulary's bytes. What the quick reader
+accepts reads exactly as the general one reads it; what it does not accept goes to the general one, so it may
+not crash either."""
+
+import json
+import struct
+from array import array
+
+import msgspec
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from areal_fast.core import BadArgument
+from areal_fast.core._tokens import TokenBytes, ids_text, parse_rows
+from areal_fast.engine import sglang
+from areal_fast.engine.errors import EngineError
+
+ids = st.integers(0, 2**31 - 1)
+float32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
+# decimal texts of every length and place of the point, and with exponents
+numbers = st.one_of(
+    float32s.map(repr),
+    st.floats(allow_nan=False, allow_infinity=False).map(repr),
+    st.from_regex(r"-?(0|[1-9][0-9]{0,24})(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,3})?", fullmatch=True),
+)
+blanks = st.sampled_from(["", "", "", " ", "\n", " \t"])
+thirds = st.sampled_from(["", ",null", ', "plain text"', ',"\\u00e9"', ',"é"', ",1", ",null,null"])
+
+
+@st.composite
+def rows_texts(draw: st.DrawFn) -> str:
+    rows = draw(st.lists(st.tuples(numbers, ids, thirds, blanks), max_size=6))
+    return f"[{draw(blanks)}" + ",".join(f"[{b}{n},{b}{i}{t}{b}]{b}" for n, i, t, b in rows) + "]"
+
+
+def generally(body: bytes) -> sglang.Attempt | None:
+    """What the reader that knows nothing of quick ways makes of it."""
+    try:
+        meta = sglang._answer_decoder.decode(body).meta_info
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    if meta.finish_reason is None or meta.output_token_logprobs is None:
+        return None
+    rows = meta.output_token_logprobs
+    return sglang.Attempt(
+        array("i", [row.id for row in rows]),
+        array("f", [row.logprob for row in rows]),
+        meta.finish_reason.type,
+        meta.prompt_tokens,
+        meta.completion_tokens,
+    )
+
+
+def answer(rows: str, before: str = "", after: str = "") -> bytes:
+    return (
+        f'{{"text":"t","meta_info":{{"finish_reason":{{"type":"stop"}},{before}'
+        f'"output_token_logprobs":{rows}{after}}}}}'
+    ).encode()
+
+
+def check(body: bytes) -> bool:
+    quick = sglang._quickly(body)
+    if quick is None:
+        return False
+    slow = generally(body)
+    assert slow is not None, body
+    assert quick.ids == slow.ids
+    assert quick.logprobs.tobytes() == slow.logprobs.tobytes() or quick.logprobs == slow.logprobs
+    assert (quick.stop, quick.prompt_tokens, quick.completion_tokens) == (
+        slow.stop,
+        slow.prompt_tokens,
+        slow.completion_tokens,
+    )
+    return True
+
+
+@given(
+    rows_texts(), st.sampled_from(["", ' "prompt_tokens": 3,']), st.sampled_from(["", ',"e2e_latency":0.1'])
+)
+@example("[[-0,1]]", "", "")
+@example("[[-1.1920928955078125e-07,1],[-3.5762778338721546e-07,2]]", "", "")
+@example("[[0.1,01]]", "", "")
+@example("[[1.0000000596046448,1]]", "", "")
+@example("[[1.00000005960464477539062500000000000001,1]]", "", "")
+@example("[[3.4028235677973366e38,1],[1e30,2],[1e31,2]]", "", "")
+def test_what_is_read_quickly_is_read_alike(rows: str, before: str, after: str) -> None:
+    check(answer(rows, before, after))
+
+
+@given(st.lists(st.tuples(float32s.filter(lambda x: x == 0 or 1e-25 < abs(x) < 1e15), ids), max_size=40))
+def test_what_engines_send_is_read_quickly(rows: list[tuple[float, int]]) -> None:
+    assert check(answer(json.dumps([[x, i, None] for x, i in rows], separators=(",", ":"))))
+    assert check(answer(json.dumps([[x, i, "tok"] for x, i in rows])))
+
+
+@given(rows_texts(), st.data())
+def test_damaged_answers(rows: str, data: st.DataObject) -> None:
+    body = bytearray(answer(rows))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(body) - 1))
+        kind = data.draw(st.integers(0, 2))
+        if kind == 0:
+            del body[at]
+        elif kind == 1:
+            body[at] = data.draw(st.sampled_from(list(b'[]{},:"\\0123456789eE+-. \n\x00\xff')))
+        else:
+            del body[at : at + data.draw(st.integers(1, 20))]
+        if not body:
+            return
+    check(bytes(body))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        # the name in another place, in text, twice, or spelled otherwise
+        b'{"output_token_logprobs":[[0,1]],"meta_info":{"finish_reason":{"type":"stop"}}}',
+        b'{"text":"\\"output_token_logprobs":[[0,1]],"meta_info":{"finish_reason":{"type":"stop"}}}',
+        answer("[[-1,5]]", after=',"output_token_logprobs":[[-2,6]]'),
+        answer("[[-1,5]]", after=',"output_token_logprob\\u0073":[[-2,6]]'),
+        answer("-1", before='"x":{"output_token_logprobs":[[-1,5]]},'),
+        b'{"meta_info":{"x":{"output_token_logprobs":[[-1,5]]},"finish_reason":{"type":"stop"}}}',
+        answer("[[null,5]]"),
+        answer("[[-1,5]"),
+        answer("[[-1,2147483648]]"),
+        answer("[[-1]]"),
+    ],
+)
+def test_what_is_left_to_the_general_reader(body: bytes) -> None:
+    assert sglang._quickly(body) is None
+    slow = generally(body)
+    if slow is None:
+        with pytest.raises(EngineError):
+            sglang.SGLang().parse(body)
+    else:
+        assert sglang.SGLang().parse(body) == slow
+
+
+@given(st.binary(max_size=64), st.integers(0, 64))
+def test_any_bytes(text: bytes, start: int) -> None:
+    if start > len(text):
+        with pytest.raises(BadArgument):
+            parse_rows(text, start)
+        return
+    found = parse_rows(text, start)
+    if found is not None:
+        logprobs = list(struct.unpack(f"{len(found[1]) // 4}f", found[1]))
+        rows = msgspec.json.decode(text[start : found[2]])
+        assert [row[1] for row in rows] == array("i", found[0]).tolist() and len(logprobs) == len(rows)
+
+
+@given(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=50))
+def test_ids_as_text(values: list[int]) -> None:
+    assert ids_text(array("i", values)) == b"".join(b"%d," % value for value in values)
+
+
+@given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=8))
+def test_bytes_of_a_vocabulary(asked: list[list[int]]) -> None:
+    spelled: list[int] = []
+
+    def spell(token: int) -> bytes:
+        spelled.append(token)
+        return b"" if token % 5 == 0 else bytes([token]) * (token * 40)
+
+    table = TokenBytes(32, spell)
+    for each in asked:
+        assert table.join(array("i", each)) == b"".join(spell(token) for token in each)
+        table.join(array("i", [token for token in each if token < 32]))
+    spelled.clear()
+    for each in asked:
+        table.join(array("i", [token for token in each if token < 32]))
+    assert not spelled, "what is known is not asked for again"
+
+
+def test_ids_that_are_no_int32() -> None:
+    with pytest.raises(BadArgument):
+        ids_text(b"abc")
+    with pytest.raises(BadArgument):
+        TokenBytes(4, lambda token: b"x").join(b"abc")
