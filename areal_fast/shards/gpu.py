@@ -51,6 +51,8 @@ PATIENCE_S: Final = 20.0
 """How long a request waits for a keeper's successor."""
 RETRY_S: Final = 0.05
 TRIES: Final = 5
+BRINGS_FD: Final = (wire.HELLO, wire.READ)
+"""Requests whose answers come with a descriptor."""
 
 
 class GpuShardError(Exception):
@@ -392,7 +394,8 @@ class GpuClient:
         assert self._sock is not None
         self._tag += 1
         passing.send(self._sock, wire.pack_request(request._replace(tag=self._tag)), fds)
-        packet, got, _ = passing.receive(self._sock, wire.MAX_PACKET_BYTES)
+        plain = request.kind not in BRINGS_FD
+        packet, got, _ = passing.receive(self._sock, wire.MAX_PACKET_BYTES, plain=plain)
         if not packet:
             raise ConnectionResetError(errno.ECONNRESET, "the keeper is gone")
         return packet, got

@@ -77,8 +77,8 @@ def at_moment(number: int, then: Callable[[], object]) -> Iterator[list[int]]:
         moment()
 
     @functools.wraps(plain_receive)
-    def receive(*arguments: Any) -> Any:
-        got = plain_receive(*arguments)
+    def receive(*arguments: Any, **how: Any) -> Any:
+        got = plain_receive(*arguments, **how)
         moment()
         return got
 
