@@ -242,6 +242,7 @@ def test_a_client_dies_in_every_call_of_the_driver(gpus: Gpus, children: Any, tm
 
 
 # -- those that the shards are not of ------------------------------------------------------------------------
+@pytest.mark.slow
 def test_workers_and_the_cleaner_die_meanwhile(gpus: Gpus) -> None:
     with proxy(workers=2) as running, Client(url_of(running), ADMIN) as client:
         life(client, gpus)
