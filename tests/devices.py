@@ -6,8 +6,6 @@ has a context on each), until it is closed.
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 
@@ -51,8 +49,3 @@ def held_bytes(array: DeviceArray) -> bytes:
     if array.nbytes:
         device(array.ordinal).read(array.pointer, out.data)
     return out.tobytes()
-
-
-def environment(library: str, **more: str) -> dict[str, str]:
-    """For a proxy whose keeper opens this driver."""
-    return {**os.environ, "AREAL_FAST_LIBCUDA": library, **more}

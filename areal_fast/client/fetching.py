@@ -234,22 +234,31 @@ class Fetcher:
     def put(self, url: str, shard_id: str, value: Any) -> Steps[Reference]:
         """Store a torch tensor, a numpy array or a DeviceArray under `shard_id`, replacing any other.
         TypeError for anything else."""
-        array = on_device(value)
+        array = on_device(value) if "gpu" in self._ways else None
         why: list[str] = []
+        way: Way
         if array is not None and (yield from self._put_by_gpu(url, shard_id, array, why)):
-            way: Way = "gpu"
-            dtype, shape = array.dtype, array.shape
+            way, dtype, shape = "gpu", array.dtype, array.shape
         else:
-            what, data = yield from work(partial(_taken_apart, value), brief=array is None)
+            what, data = yield from self._on_host(value, array)
             way = yield from self._put(url, shard_id, what, data, why)
             dtype, shape = what.dtype, what.shape
         self.counts[way] += 1
         return Reference(shard_id, "", dtype, shape, way, "; ".join(why))
 
+    def _on_host(self, value: Any, array: DeviceArray | None) -> Steps[tuple[Description, memoryview]]:
+        """What it is, and its bytes; of a device's after what is queued on the stream of the caller, which
+        other threads do not know."""
+        if array is None:
+            return _taken_apart(value)
+        try:
+            data = yield from work(array.to_host)
+        except CudaError:
+            return _taken_apart(value)  # torch may do what our driver's edge cannot
+        return Description(array.dtype, array.shape, own_form(array.dtype)), data
+
     def _put_by_gpu(self, url: str, shard_id: str, array: DeviceArray, why: list[str]) -> Steps[bool]:
         """Into the pool of the GPU that it is on. False: another way, and `why` says why."""
-        if "gpu" not in self._ways:
-            return False
         try:
             gpu = uuid_of(array.ordinal)
             socket = (yield from self._node(url)).socket_of(gpu)

@@ -81,6 +81,8 @@ _CODES = {name: code for code, name in enumerate(DTYPES, 1)}
 _REQUEST = struct.Struct(f"<IHHQ QQQ HHHH {MAX_DIMS}Q")
 _REGION = struct.Struct(f"<IHHQ IHH 16s16s QQQQ HHI {MAX_DIMS}Q")
 _POOL = struct.Struct("<IHHQ IHH 16s16s Q 64s")
+_TAG = struct.Struct("<Q")
+_TAG_AT: Final = struct.calcsize("<IHH")
 MAX_PACKET_BYTES: Final = max(_REQUEST.size + MAX_ID_BYTES, _REGION.size + MAX_TEXT_BYTES)
 
 
@@ -199,6 +201,11 @@ def unpack_region(packet: bytes) -> Region:
     text = packet[_REGION.size :].decode("utf-8", "replace")
     where = (gpu, pool, offset, nbytes, generation, lease)
     return Region(kind & ~ANSWER, tag, status, text, *where, dtype_name(code), fields[16 : 16 + ndim])
+
+
+def tag_of(answer: bytes) -> int:
+    """Of any message; -1 if it has none. An answer to what was no request has 0."""
+    return _TAG.unpack_from(answer, _TAG_AT)[0] if len(answer) >= _TAG_AT + _TAG.size else -1
 
 
 def pack_pool(p: PoolInfo) -> bytes:

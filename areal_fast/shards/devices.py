@@ -2,7 +2,7 @@
 
 A GPU counts here only if this process has a context on it (torch, CuPy or whoever made one): opening another
 would cost half a gigabyte of its memory, for a process that may never have wanted it. Nothing here loads the
-driver; who has a context has loaded it. So to ask costs a microsecond where there is no CUDA.
+driver; who has a context has loaded it. So to ask costs a few microseconds where there is no CUDA.
 
 Devices are known by UUID; an ordinal is this process's number for one, torch's too, in whatever order
 CUDA_VISIBLE_DEVICES has them. A child made by fork has no GPUs: the driver does not survive a fork.

@@ -35,6 +35,7 @@ import struct
 import threading
 import time
 import weakref
+from collections import deque
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
@@ -51,6 +52,8 @@ PATIENCE_S: Final = 20.0
 """How long a request waits for a keeper's successor."""
 RETRY_S: Final = 0.05
 TRIES: Final = 5
+BRINGS_FD: Final = (wire.HELLO, wire.READ)
+"""Requests whose answers come with a descriptor."""
 
 
 class GpuShardError(Exception):
@@ -146,8 +149,8 @@ class Lease:
         self.release()
 
     def __del__(self) -> None:
-        with contextlib.suppress(GpuShardError):
-            self.release()
+        if self.valid is None:
+            self._client._drop(self._region)
 
 
 class GpuClient:
@@ -159,11 +162,15 @@ class GpuClient:
         self._patience_s = patience_s
         self._pid = os.getpid()
         self._number = secrets.randbits(63)
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        """Of everything below; held from a question to its answer. `_held` and `_dropped` may be touched
+        without it, by single operations."""
         self._sock: socket.socket | None = None
         self._tag = 0
         self._held: set[tuple[int, int]] = set()
         """(generation, lease) of what is being written or read by this client."""
+        self._dropped: deque[tuple[int, int]] = deque()
+        """Leases that were garbage before they were released."""
         self._info: PoolInfo | None = None
         self._pool: Mapped | None = None
         self._closed = False
@@ -316,6 +323,31 @@ class GpuClient:
             return False
         return True
 
+    def _drop(self, region: Region) -> None:
+        """The end of a lease that nobody has any more. The garbage collector may say so in the middle of a
+        question, in any thread: nothing is waited for here, least of all the lock."""
+        held = (region.generation, region.lease)
+        self._held.discard(held)
+        self._dropped.append(held)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Release what was dropped, unless somebody asks something: he does it then. Without a connection
+        the next one settles it."""
+        if not self._dropped or self._pid != os.getpid() or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if self._sock is not None:
+                self._release_dropped()
+        except (OSError, wire.Malformed):
+            self._hang_up()
+        finally:
+            self._lock.release()
+
+    def _release_dropped(self) -> None:
+        while self._dropped:
+            self._once(Request(wire.RELEASE, 0, *self._dropped.pop()), [])
+
     def _is_published(self, shard_id: str, generation: int) -> bool:
         """Whether a COMMIT whose answer was lost had been obeyed."""
         try:
@@ -368,33 +400,53 @@ class GpuClient:
         return region, fds[0]
 
     def _exchange(self, request: Request, fds: list[int], hold: bool) -> tuple[Region, list[int]]:
+        try:
+            with self._lock:
+                return self._exchange_locked(request, fds, hold)
+        finally:
+            self._give_back()
+
+    def _exchange_locked(self, request: Request, fds: list[int], hold: bool) -> tuple[Region, list[int]]:
         until = time.monotonic() + self._patience_s
-        with self._lock:
-            while True:
-                self._until_connected(until)
-                try:
-                    packet, got = self._once(request, fds)
-                    region = wire.unpack_region(packet)
-                except (OSError, wire.Malformed) as error:
-                    self._hang_up()
-                    if isinstance(error, wire.Malformed):
-                        raise KeeperGone(str(error)) from None
-                    continue
-                if region.status == wire.OK:
-                    if hold:
-                        self._held.add((region.generation, region.lease))
-                    return region, got
-                if region.status != wire.BUSY or time.monotonic() + RETRY_S > until:
-                    raise _error_of(region)
-                time.sleep(RETRY_S)
+        while True:
+            self._until_connected(until)
+            try:
+                self._release_dropped()
+                packet, got = self._once(request, fds)
+                region = wire.unpack_region(packet)
+            except (OSError, wire.Malformed) as error:
+                self._hang_up()
+                if isinstance(error, wire.Malformed) or time.monotonic() > until:
+                    raise KeeperGone(str(error)) from None
+                continue
+            if region.status == wire.OK:
+                if hold:
+                    self._held.add((region.generation, region.lease))
+                return region, got
+            if region.status != wire.BUSY or time.monotonic() + RETRY_S > until:
+                raise _error_of(region)
+            time.sleep(RETRY_S)
 
     def _once(self, request: Request, fds: list[int]) -> tuple[bytes, list[int]]:
+        """One question, and the answer that has its tag. OSError, and the connection is to be given up;
+        Malformed."""
         assert self._sock is not None
         self._tag += 1
-        passing.send(self._sock, wire.pack_request(request._replace(tag=self._tag)), fds)
-        packet, got, _ = passing.receive(self._sock, wire.MAX_PACKET_BYTES)
+        tag = self._tag
+        message = wire.pack_request(request._replace(tag=tag))
+        try:
+            passing.send(self._sock, message, fds)
+            plain = request.kind not in BRINGS_FD
+            packet, got, _ = passing.receive(self._sock, wire.MAX_PACKET_BYTES, plain=plain)
+        except BaseException:  # an interrupt, too: the answer would be taken for the next question's
+            self._hang_up()
+            raise
         if not packet:
             raise ConnectionResetError(errno.ECONNRESET, "the keeper is gone")
+        if (answered := wire.tag_of(packet)) not in (tag, 0):
+            for fd in got:
+                os.close(fd)
+            raise ConnectionResetError(errno.ECONNRESET, f"an answer to another question ({answered})")
         return packet, got
 
     def _until_connected(self, until: float) -> None:

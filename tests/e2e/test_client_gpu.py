@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from areal_fast.client import HOST_WAYS, ArenaFull, AsyncClient, BadReply, Client, DeviceArray, ShardsNotFound
+from areal_fast.service.keeper import CHUNK_BYTES
 from areal_fast.shards import devices
 from areal_fast.shards.local import LocalShards
 from tests import fakecuda
@@ -182,6 +183,26 @@ def test_a_child_of_a_fork_has_no_gpu(client: Client, gpus: Gpus) -> None:
     client.delete(["five"])
 
 
+@pytest.mark.slow
+def test_one_larger_than_the_keepers_pieces(gpus: Gpus) -> None:
+    """Host copies are made in pieces of CHUNK_BYTES; here the last is a short one."""
+    size = CHUNK_BYTES + 12_345
+    data = random.Random(8).randbytes(1 << 20) * (size >> 20) + bytes(range(256)) * (
+        (size & 0xFFFFF) // 256 + 1
+    )
+    data = data[:size]
+    with (
+        proxy("--gpu-pool-bytes", "160M", "--arena-max-bytes", "512M", workers=1) as running,
+        Client(url_of(running), ADMIN) as client,
+    ):
+        assert client.put(gpus.array("uint8", (size,), data), "large").way == "gpu"
+        shard = client.get("large")
+        assert shard.way == "gpu" and bytes(shard.data) == data
+        for way in HOST_WAYS[:2]:
+            with Client(url_of(running), ADMIN, ways=(way,)) as other:
+                assert bytes(other.get("large").data) == data, way
+
+
 # -- another way, and why --------------------------------------------------------------------------------
 def test_a_full_pool_is_said_and_passed_over(running: Proxy, client: Client, gpus: Gpus) -> None:
     client.put(gpus.array("uint8", (POOL - 4096,), bytes(POOL - 4096)), "most")
@@ -322,6 +343,7 @@ def of_another_order(running: Proxy, visible: str) -> dict[str, str]:
 ANOTHER_ORDER = """
 import json, os, sys
 from areal_fast.client import Client
+from areal_fast.service.keeper import CHUNK_BYTES
 from areal_fast.shards import devices
 from tests.devices import Gpus
 visible = [int(n) for n in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]

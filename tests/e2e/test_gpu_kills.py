@@ -77,8 +77,8 @@ def at_moment(number: int, then: Callable[[], object]) -> Iterator[list[int]]:
         moment()
 
     @functools.wraps(plain_receive)
-    def receive(*arguments: Any) -> Any:
-        got = plain_receive(*arguments)
+    def receive(*arguments: Any, **how: Any) -> Any:
+        got = plain_receive(*arguments, **how)
         moment()
         return got
 
@@ -242,6 +242,7 @@ def test_a_client_dies_in_every_call_of_the_driver(gpus: Gpus, children: Any, tm
 
 
 # -- those that the shards are not of ------------------------------------------------------------------------
+@pytest.mark.slow
 def test_workers_and_the_cleaner_die_meanwhile(gpus: Gpus) -> None:
     with proxy(workers=2) as running, Client(url_of(running), ADMIN) as client:
         life(client, gpus)

@@ -7,6 +7,7 @@ import random
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from areal_fast.core._cuda import KIND_FD, Driver
 from areal_fast.protocol import gpu as wire
 from areal_fast.protocol.gpu import Malformed, Region, Request
 from areal_fast.service.keepers import Post
+from areal_fast.shards import passing
 from areal_fast.shards.gpu import (
     GpuClient,
     GpuPoolFull,
@@ -255,6 +257,52 @@ def test_an_answer_that_was_lost_leaves_nothing(keeping: Keeping) -> None:
             client._hang_up()
             assert bytes(client.read("s")[1]) == b"abc"
             assert [hold.lease for hold in keeping.holds()] == [lease._region.lease]
+
+
+def test_a_lease_is_lost_between_a_question_and_its_answer(
+    keeping: Keeping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the garbage collector may do it, in any thread at any time: the answers stay with their questions,
+    and the lease is given back all the same."""
+    with keeping.client() as client:
+        client.write("a", "uint8", (3,), b"aaa")
+        client.write("b", "uint8", (4,), b"bbbb")
+        lost = [client.map("a")]
+        plain = passing.receive
+
+        def receive(*arguments: Any, **how: Any) -> Any:
+            lost.clear()
+            return plain(*arguments, **how)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(passing, "receive", receive)
+            assert bytes(client.read("b")[1]) == b"bbbb"
+        keeping.wait_no_holds()
+        lost = [client.map("a"), client.map("b")]
+        lost.clear()
+        assert not keeping.holds()
+
+
+def test_an_answer_to_another_question_is_none(keeping: Keeping, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever has left it there: an interrupt, say. The client asks anew, over another connection."""
+    with keeping.client() as client:
+        client.write("b", "uint8", (4,), b"bbbb")
+        plain = passing.receive
+
+        def interrupted(*arguments: Any, **how: Any) -> Any:
+            raise KeyboardInterrupt
+
+        for patched in (interrupted, lambda *a, **how: (plain(*a, **how)[0][:8] + b"another!", [], 0)):
+            lease = client.map("b")
+            with monkeypatch.context() as patch:
+                patch.setattr(passing, "receive", patched)
+                with pytest.raises(KeyboardInterrupt if patched is interrupted else OSError):
+                    client._once(Request(wire.LEASE, 0, shard_id=b"b"), [])
+            if patched is not interrupted:
+                client._hang_up()
+            assert bytes(client.read("b")[1]) == b"bbbb"
+            assert lease.release()
+        keeping.wait_no_holds()
 
 
 def test_nobody_answers() -> None:
