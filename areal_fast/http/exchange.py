@@ -185,6 +185,20 @@ class Exchange:
             view = memoryview(data).cast("B")
             self._connection.send_all([b"%x\r\n" % len(view), view, b"\r\n"])
 
+    def write_all(self, pieces: Sequence[Buffer]) -> None:
+        """The same of several buffers, which are given to the kernel together where that is possible."""
+        if self._chunked or self._bare or self._state != STREAMING:
+            for piece in pieces:
+                self.write(piece)
+            return
+        self._connection.bound_unsent()
+        if self._owed >= 0:
+            size = sum(map(len, pieces))
+            if size > self._owed:
+                raise RuntimeError("the reply is longer than was announced")
+            self._owed -= size
+        self._connection.send_all(pieces)
+
     async def drain(self) -> None:
         """Wait until little enough of the reply is left in this process. Returns at once when the client is
         gone."""

@@ -25,7 +25,9 @@ from areal_fast.shards.description import Description
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
-RAW_STEP_BYTES = 1 << 20
+RAW_STEP_BYTES = 8 << 20
+"""Raw bytes given to the kernel at a time. They are views and cost no memory however many there are; what
+counts is how often the loop comes back for more: 1 MiB at a time took 1.2 times the CPU."""
 STEP_BYTES = 196608
 """Shard bytes encoded at a time: whole groups of three, of bfloat16's elements, too."""
 
@@ -145,18 +147,26 @@ class RawOutgoing:
         self._parts = [found[i] for i in layout.order]
         self.size = layout.file_bytes
 
-    def pieces(self, step: int = RAW_STEP_BYTES) -> Iterator[bytes | memoryview]:
-        """The file, to be joined; no piece is longer than `step`, but for the header."""
-        yield self._header
+    def pieces(self, step: int = RAW_STEP_BYTES) -> Iterator[list[bytes | memoryview]]:
+        """The file, to be joined, in lists of buffers that have together at most `step` bytes, or one more
+        than the header."""
+        together: list[bytes | memoryview] = [self._header]
+        size = len(self._header)
         for part in self._parts:
             data = part.content()
-            for at in range(0, len(data), step):
-                yield data[at : at + step]
+            while len(data):
+                if size >= step:
+                    yield together
+                    together, size = [], 0
+                together.append(data[: step - size])
+                data = data[len(together[-1]) :]
+                size += len(together[-1])
+        yield together
 
     def whole(self) -> bytes:
         """All of it in one object; closes."""
         try:
-            return b"".join(self.pieces())
+            return b"".join(piece for together in self.pieces() for piece in together)
         finally:
             self.close()
 
