@@ -115,9 +115,14 @@ class Http:
         self._into = memoryview(bytearray(2 * nbytes + (1 << 20)))
 
     def ask(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> int:
-        """Bytes of the reply."""
-        self.connection.request(method, path, body, headers)
-        reply = self.connection.getresponse()
+        """Bytes of the reply. A connection that was closed while other ways had their turn is opened anew."""
+        try:
+            self.connection.request(method, path, body, headers)
+            reply = self.connection.getresponse()
+        except (ConnectionError, http.client.HTTPException):
+            self.connection.close()
+            self.connection.request(method, path, body, headers)
+            reply = self.connection.getresponse()
         at = 0
         while read := reply.readinto(self._into[at:]):
             at += read

@@ -20,6 +20,7 @@ from areal_fast.errors import ShardsNotFound
 from areal_fast.shards import raw
 from areal_fast.shards.description import Description, describe
 from areal_fast.shards.local import LocalRefused, LocalShards
+from areal_fast.shards.small_floats import SMALL_FLOATS, widened
 from tests.e2e.running import Proxy
 
 
@@ -41,6 +42,9 @@ class Way(Protocol):
 
     def put(self, shard_id: str, shard: Shard) -> None: ...
     def get(self, shard_ids: Sequence[str]) -> list[Shard]: ...
+    def shown(self, shard: Shard) -> Shard:
+        """What `get` gives of a shard: the same, or the same values where the way has no word for them."""
+
     def close(self) -> None: ...
 
 
@@ -50,7 +54,12 @@ def checked(answer: Any) -> Any:
     return answer
 
 
-class _Http:
+class _Same:
+    def shown(self, shard: Shard) -> Shard:
+        return shard
+
+
+class _Http(_Same):
     def __init__(self, proxy: Proxy) -> None:
         self.proxy = proxy
 
@@ -76,6 +85,13 @@ class Json(_Http):
     def get(self, shard_ids: Sequence[str]) -> list[Shard]:
         answer = checked(self.proxy.ask("POST", "/data/batch", {"shard_ids": list(shard_ids)}))
         return [self._shard(fields) for fields in answer.json]
+
+    def shown(self, shard: Shard) -> Shard:
+        """8-bit floats are float32 in JSON."""
+        what, data = shard
+        if what.form != "own" or what.dtype not in SMALL_FLOATS or not data:
+            return shard
+        return Shard(what._replace(form="wide"), bytes(widened(memoryview(data), what.dtype)))
 
     def _shard(self, fields: dict[str, Any]) -> Shard:
         array = fields["type"] == "ndarray"
@@ -111,7 +127,7 @@ class Raw(_Http):
         return [found[shard_id] for shard_id in shard_ids]
 
 
-class Local:
+class Local(_Same):
     name = "local"
 
     def __init__(self, proxy: Proxy) -> None:
