@@ -382,7 +382,7 @@ int64_t af_base64_decoded_size(const char *in, size_t n);
  * too); `out` then holds some of it. */
 int af_base64_decode(const char *in, size_t n, void *out);
 /* The same for bfloat16 kept in 2 bytes an element and written as float32: `count` elements widened, or the float32
- * in the text rounded to nearest even (every NaN becomes 0x7fc0). AF_EINVAL too if they are no whole float32. */
+ * in the text rounded to nearest even (a NaN that was widened as it was, any other 0x7fc0). AF_EINVAL too if they are no whole float32. */
 void af_base64_encode_bf16(const void *in, size_t count, char *out);
 int af_base64_decode_bf16(const char *in, size_t n, void *out);
 

@@ -256,11 +256,13 @@ static inline void widen(const uint8_t *in, size_t count, uint32_t *out) {
     }
 }
 
-/* To nearest even; every NaN becomes 0x7fc0, as torch rounds. */
+/* To nearest even. A NaN that a bfloat16 was widened to becomes that again, bit for bit; any other 0x7fc0, as torch
+ * rounds (cut off or rounded, its upper half could be an infinity's). */
 static inline void narrow(const uint32_t *in, size_t count, uint8_t *out) {
     for (size_t i = 0; i < count; i++) {
         uint32_t v = in[i], rounded = (v + 0x7fffu + (v >> 16 & 1)) >> 16;
-        uint16_t kept = (uint16_t)((v & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+        bool lost = (v & 0x7fffffffu) > 0x7f800000u && (v & 0xffffu);
+        uint16_t kept = (uint16_t)(lost ? 0x7fc0u : rounded);
         memcpy(out + 2 * i, &kept, 2);
     }
 }

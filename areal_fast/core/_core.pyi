@@ -274,8 +274,9 @@ def base64_decoded_size(text: ReadableBuffer) -> int:
 
 def base64_decode_into(text: ReadableBuffer, out: WriteableBuffer, *, bf16: bool = False) -> bool:
     """Decode into `out`, which has exactly the size (half of it with bf16: float32 in the text, rounded to
-    nearest even, every NaN 0x7fc0), else BadArgument. False if the text is not canonical base64, white space
-    included, or with bf16 no whole number of float32; `out` then holds anything."""
+    nearest even; a NaN that was widened as it was, any other 0x7fc0), else BadArgument. False if the text is
+    not canonical base64, white space included, or with bf16 no whole number of float32; `out` then holds
+    anything."""
 
 def base64_level() -> str:
     """Instructions in use: scalar, avx2 or vbmi."""

@@ -200,6 +200,9 @@ class Exchange:
         Who writes without `drain` to a client that does not read loses it: once max_unsent_bytes wait, the
         connection is cut."""
 
+    def write_all(self, pieces: Sequence[_Buffer]) -> None:
+        """`write` of several buffers, which are given to the kernel together where that is possible."""
+
     async def drain(self) -> None:
         """Wait until little enough of the reply is left in this process. Returns at once when the client is
         gone."""

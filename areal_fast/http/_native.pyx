@@ -505,6 +505,21 @@ cdef class Exchange:
             view = memoryview(data).cast("B")
             connection.send_all([b"%x\r\n" % len(view), view, b"\r\n"])
 
+    def write_all(self, pieces):
+        if self.chunked or self.bare or self.state != STREAMING:
+            for piece in pieces:
+                self.write(piece)
+            return
+        cdef Shortcut connection = self.connection
+        cdef int64_t size
+        connection._bound_unsent()
+        if self.owed >= 0:
+            size = sum(map(len, pieces))
+            if size > self.owed:
+                raise RuntimeError("the reply is longer than was announced")
+            self.owed -= size
+        connection.send_all(list(pieces))
+
     async def drain(self):
         waiter = self.connection._writable()
         if waiter is not None:

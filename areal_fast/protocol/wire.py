@@ -5,8 +5,8 @@ A tensor travels as `{"type":"tensor","data":base64,"shape":[…],"dtype":"torch
 type tag, class path or pickle is looked at: what is not one of them is refused, and nothing of it is stored.
 
 bfloat16 travels as float32 bytes under dtype torch.bfloat16; it is kept in 2 bytes an element, rounded to
-nearest even as torch does, and widened when sent. The 8-bit floats exist in two forms, their own bytes or
-float32 bytes (what the original's reader expects): whichever came is kept and sent again.
+nearest even as torch does, and widened when sent. The 8-bit floats are read in two forms, their own bytes or
+float32 bytes; whichever came is kept, and JSON sends float32, which is what the original's reader expects.
 
 Here are the words around the data: what they may say, and how many bytes they announce. The base64 itself is
 decoded and encoded between the body and shared memory by shards/json_codec.py.

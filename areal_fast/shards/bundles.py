@@ -12,8 +12,8 @@ the 12 random bytes, which no shard that was put can have.
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -93,7 +93,7 @@ class BundleMeta(msgspec.Struct, array_like=True, tag_field="form", tag="bundle"
 
 def new_bundle_id() -> str:
     """First 28 characters of the ids of a new bundle's parts."""
-    h = secrets.token_hex(12)
+    h = os.urandom(12).hex()
     return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"
 
 

@@ -35,8 +35,7 @@ _DATA = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*"')
 
 def store(arena: Arena, name: bytes, body: bytes, meta: Callable[[Kept], bytes]) -> Kept:
     """Put the tensor or array in `body` under `name`; `meta` makes the shard's meta. ShardRejected,
-    ArenaFull,
-    IndexBusy: nothing has changed."""
+    ArenaFull, IndexBusy: nothing has changed."""
     described, text = _look(body)
     expected = _expected(described, text)
     if expected is not None:

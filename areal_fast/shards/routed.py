@@ -22,7 +22,7 @@ in two looks in a row: the gap between publish and append is far shorter than th
 from __future__ import annotations
 
 import asyncio
-import secrets
+import os
 import struct
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -119,7 +119,7 @@ class RoutedIntake:
     def __init__(self, arena: Arena, slot: int) -> None:
         self._arena = arena
         created_ns = arena.slot_info(slot).created_ns
-        self.name = _NAME.pack(PREFIX, slot, created_ns) + secrets.token_bytes(12)
+        self.name = _NAME.pack(PREFIX, slot, created_ns) + os.urandom(12)
         self._kept: _Room | None = None  # whole rows of the attempts so far
         self._rows = 0
         self._row_bytes = 0

@@ -138,7 +138,7 @@ static void check_errors(const codec *c, const uint8_t *bytes, size_t n) {
 }
 
 static uint16_t rounded(uint32_t v) { /* the nearer of the two neighbours; of two as near the even one */
-    if ((v & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+    if ((v & 0x7fffffffu) > 0x7f800000u) return v & 0xffffu ? 0x7fc0 : (uint16_t)(v >> 16);
     uint32_t low = v & 0xffff, kept = v >> 16;
     return (uint16_t)(kept + (low > 0x8000 || (low == 0x8000 && (kept & 1))));
 }

@@ -26,10 +26,8 @@ KINDS: list[Description] = [
 
 
 def filled(what: Description, seed: int = 1) -> Shard:
-    data = random.Random(seed).randbytes(what.nbytes)
-    if what.form == "bf16":  # a NaN's payload is not kept by the widening (and torch keeps none either)
-        data = bytes(byte & 0xBF if at % 2 else byte for at, byte in enumerate(data))
-    return Shard(what, data)
+    """Any bits, NaNs with a payload among them."""
+    return Shard(what, random.Random(seed).randbytes(what.nbytes))
 
 
 def test_every_dtype_and_shape_is_the_same_bit_for_bit(way_in: Way, way_out: Way, fresh: str) -> None:
@@ -39,7 +37,7 @@ def test_every_dtype_and_shape_is_the_same_bit_for_bit(way_in: Way, way_out: Way
         way_in.put(shard_id, shard)
     found = dict(zip(shards, way_out.get(list(shards)), strict=True))
     for shard_id, shard in shards.items():
-        assert found[shard_id] == shard, shard.what
+        assert found[shard_id] == way_out.shown(shard), shard.what
 
 
 @pytest.mark.parametrize("size", [(1 << 18) - 1, 1 << 18, 3 << 20])
@@ -115,7 +113,7 @@ def test_a_file_stores_every_name_or_none(proxy: Proxy, way_out: Way, fresh: str
     file = layout.header + b"".join(shards[i].data for i in layout.order)
     answer = proxy.ask("PUT", "/data/batch", file, headers=FILE)
     assert (answer.status, sorted(answer.json["shard_ids"])) == (200, sorted(names))
-    assert way_out.get(names) == shards
+    assert way_out.get(names) == [way_out.shown(shard) for shard in shards]
     bad = raw.lay_out([("ok", describe("bool", (1,))), ("x" * 1025, describe("bool", (1,)))])
     assert proxy.ask("PUT", "/data/batch", bad.header + b"\0\0", headers=FILE).status == 400
     assert proxy.ask("GET", "/data/ok").status == 404

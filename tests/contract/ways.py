@@ -23,6 +23,7 @@ from areal_fast.errors import ShardsNotFound
 from areal_fast.shards import raw
 from areal_fast.shards.description import Description, describe, own_form
 from areal_fast.shards.local import LocalRefused, LocalShards
+from areal_fast.shards.small_floats import SMALL_FLOATS, widened
 from tests.devices import Gpus
 from tests.e2e.running import ADMIN, Proxy
 
@@ -49,6 +50,9 @@ class Way(Protocol):
 
     def put(self, shard_id: str, shard: Shard) -> None: ...
     def get(self, shard_ids: Sequence[str]) -> list[Shard]: ...
+    def shown(self, shard: Shard) -> Shard:
+        """What `get` gives of a shard: the same, or the same values where the way has no word for them."""
+
     def close(self) -> None: ...
 
 
@@ -58,12 +62,17 @@ def checked(answer: Any) -> Any:
     return answer
 
 
-class _Http:
-    def __init__(self, proxy: Proxy) -> None:
-        self.proxy = proxy
-
+class _Plain:
     def takes(self, what: Description) -> bool:
         return True
+
+    def shown(self, shard: Shard) -> Shard:
+        return shard
+
+
+class _Http(_Plain):
+    def __init__(self, proxy: Proxy) -> None:
+        self.proxy = proxy
 
     def close(self) -> None:
         """Nothing is kept open."""
@@ -87,6 +96,13 @@ class Json(_Http):
     def get(self, shard_ids: Sequence[str]) -> list[Shard]:
         answer = checked(self.proxy.ask("POST", "/data/batch", {"shard_ids": list(shard_ids)}))
         return [self._shard(fields) for fields in answer.json]
+
+    def shown(self, shard: Shard) -> Shard:
+        """8-bit floats are float32 in JSON."""
+        what, data = shard
+        if what.form != "own" or what.dtype not in SMALL_FLOATS or not data:
+            return shard
+        return Shard(what._replace(form="wide"), bytes(widened(memoryview(data), what.dtype)))
 
     def _shard(self, fields: dict[str, Any]) -> Shard:
         array = fields["type"] == "ndarray"
@@ -122,14 +138,11 @@ class Raw(_Http):
         return [found[shard_id] for shard_id in shard_ids]
 
 
-class Local:
+class Local(_Plain):
     name = "local"
 
     def __init__(self, proxy: Proxy) -> None:
         self.shards = LocalShards(proxy.ask("GET", "/data/ways").json["local"])
-
-    def takes(self, what: Description) -> bool:
-        return True
 
     def put(self, shard_id: str, shard: Shard) -> None:
         with _refusals():
@@ -143,7 +156,7 @@ class Local:
         self.shards.close()
 
 
-class Gpu:
+class Gpu(_Plain):
     """The Python client in a process that uses the GPU: in from device memory, out into it. What is not on
     the GPU comes to it as to any client."""
 

@@ -18,7 +18,8 @@ from areal_fast.errors import ShardRejected
 from areal_fast.protocol import wire
 from areal_fast.protocol.wire import Kept
 from areal_fast.shards import json_codec
-from areal_fast.shards.outgoing import Outgoing, Part
+from areal_fast.shards.outgoing import STEP_BYTES, Outgoing, Part
+from areal_fast.shards.small_floats import SMALL_FLOATS, table
 
 F32_2X2 = "AADAPwAAAMAAAAAAAACAfw=="
 
@@ -118,7 +119,9 @@ def test_every_fixed_size_dtype(name: str) -> None:
     body = tensor(base64.b64encode(raw).decode(), [2, 3], f"torch.{name}")
     kept, data = decode(body)
     assert (kept.dtype, kept.shape, kept.nbytes, len(data)) == (name, (2, 3), 6 * size, 6 * size)
-    assert json.loads(encode(kept, data)) == json.loads(body)
+    sent = table(name)[np.frombuffer(raw, np.uint8)].tobytes() if name in SMALL_FLOATS else raw
+    expected = {**json.loads(body), "data": base64.b64encode(sent).decode()}
+    assert json.loads(encode(kept, data)) == expected
     assert decode(tensor("", [0, 4], f"torch.{name}"))[0].shape == (0, 4)
     one = base64.b64encode(bytes(width)).decode()
     assert decode(tensor(one, [], f"torch.{name}"))[0].shape == ()
@@ -142,8 +145,10 @@ def test_bfloat16_rounds_as_torch_does(data: bytes) -> None:
     assert base64_decode_into(base64.b64encode(data), kept, bf16=True)
     got = np.frombuffer(kept, "<u2")
     bits = want.view(torch.int16).numpy().view(np.uint16)
+    wide = np.frombuffer(data, "<u4")
     nan = np.isnan(np.frombuffer(data, "<f4"))
     assert (got[~nan] == bits[~nan]).all()
+    assert (got[nan] == np.where(wide[nan] & 0xFFFF, 0x7FC0, wide[nan] >> 16)).all()
     again = np.frombuffer(base64.b64decode(base64_encode(kept, bf16=True)), "<f4")
     assert np.isnan(again[nan]).all()
     assert (again[~nan] == want.to(torch.float32).numpy()[~nan]).all()
@@ -347,3 +352,34 @@ def test_odd_large_bodies_are_what_the_parser_says(body: bytes) -> None:
             decode(body)
         return
     assert decode(body)[1] == raw
+
+
+def test_every_bfloat16_goes_out_and_comes_back_bit_for_bit() -> None:
+    """Each NaN payload, too, in the vector loops and behind them."""
+    for count in (1 << 16, (1 << 16) - 1, 7):
+        data = np.arange(1 << 16, dtype="<u2")[-count:].tobytes()
+        kept = bytearray(len(data))
+        assert base64_decode_into(base64_encode(data, bf16=True), kept, bf16=True)
+        assert bytes(kept) == data
+
+
+@pytest.mark.parametrize("dtype", sorted(SMALL_FLOATS))
+def test_small_floats_have_the_values_that_torch_gives_them(dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    if not hasattr(torch, dtype):
+        pytest.skip(f"torch {torch.__version__} has no {dtype}")
+    every = torch.arange(256, dtype=torch.uint8).view(getattr(torch, dtype))
+    want = every.to(torch.float32).numpy()
+    assert (np.isnan(table(dtype)) == np.isnan(want)).all()
+    plain = ~np.isnan(want)
+    assert (table(dtype)[plain].view("<u4") == want[plain].view("<u4")).all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 49_152, 49_153, 200_000])
+def test_a_small_float_goes_out_as_float32(count: int) -> None:
+    data = np.random.default_rng(1).integers(0, 256, count, np.uint8)
+    part = Part("float8_e5m2", (count,), "own", count, memoryview(data.tobytes()))
+    for step in (STEP_BYTES, 1 << 40):
+        text = b"".join(part.pieces(step))
+        assert len(text) == part.size
+        assert base64.b64decode(json.loads(text)["data"]) == table("float8_e5m2")[data].tobytes()
