@@ -127,6 +127,7 @@ def test_every_tensor_is_the_originals(reports: dict[str, dict[str, Any]]) -> No
 
 
 def test_the_kill_was_felt_and_nothing_is_left(reports: dict[str, dict[str, Any]]) -> None:
-    health = reports["ours"]["health"]
-    assert sum(worker["restarts"] for worker in health["workers"]) == 1
-    assert health["sessions"] == 0
+    mine = reports["ours"]
+    assert sum(worker["restarts"] for worker in mine["health"]["workers"]) == 1
+    # a start whose reply the gateway did not get in its time is asked again: the first session stays, empty
+    assert [row for row in mine["left"] if row["interactions"]] == []
