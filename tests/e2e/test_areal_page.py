@@ -119,7 +119,12 @@ def test_its_examples_run(proxy: Proxy, dumps: Path, environment: dict[str, str]
         env=environment | {"AREAL_FAST_ARGS": given}, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
-    for promised in ("str tensor([0, 1, 2, 3, 4, 5])", "ready", "[0]"):
+    for promised in (
+        "str tensor([0, 1, 2, 3, 4, 5])",
+        "ready",
+        "[0]",
+        "moved-0-active.json None torch.Size([1, ",
+    ):
         assert promised in done.stdout
 
 
