@@ -111,7 +111,8 @@ class ProxyActor:
         had."""
         with self._sharing:
             if self._client is None:
-                self._client = Client(f"http://{self._proxy.status().address}", self._admin_key)
+                url = f"http://{self._proxy.status().address}"
+                self._client = Client(url, self._admin_key, ways=("map", "raw", "json"))
             missing = [one for one in dict.fromkeys(shard_ids) if one not in self._shared]
             try:
                 fetched = self._client.get_many(missing) if missing else []

@@ -123,7 +123,7 @@ def test_its_examples_run(proxy: Proxy, dumps: Path, environment: dict[str, str]
         "str tensor([0, 1, 2, 3, 4, 5])",
         "ready",
         "[0]",
-        "moved-0-active.json None torch.Size([1, ",
+        "moved-0-active.json 0.0 torch.Size([1, ",
     ):
         assert promised in done.stdout
 
