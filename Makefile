@@ -100,9 +100,9 @@ model: ## SPIN over the control word and the two-step export; skipped, saying so
 e2e: build ## whole process trees: kills, stops, drain, the demo
 	$(PY) -m pytest -q tests/e2e -m "not areal and not soak" $(ARGS)
 
-areal: build ## the released AReaL before this proxy, and one proxy a node under Ray; AReaL lives in .venv-areal
+areal: build ## the released AReaL's gateway, router and client before this proxy; AReaL lives in .venv-areal
 	@$(PY) tests/wire/areal_env.py
-	$(PY) -m pytest -q -m areal tests/e2e tests/wire $(ARGS)
+	$(PY) -m pytest -q -m areal tests/e2e $(ARGS)
 
 bench: build ## benchmarks/ and their plots, half an hour beside the original; ARGS=--quick: small numbers
 	@$(PY) tests/wire/areal_env.py
