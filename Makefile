@@ -102,7 +102,7 @@ e2e: build ## whole process trees: kills, stops, drain, the demo
 
 areal: build ## the released AReaL's gateway, router and client before this proxy; AReaL lives in .venv-areal
 	@$(PY) tests/wire/areal_env.py
-	$(PY) -m pytest -q -m areal tests/e2e $(ARGS)
+	$(PY) -m pytest -q -m areal tests/e2e tests/wire $(ARGS)
 
 bench: build ## benchmarks/ and their plots, half an hour beside the original; ARGS=--quick: small numbers
 	@$(PY) tests/wire/areal_env.py

@@ -26,10 +26,10 @@ Ray.
 Shards. A shard of a proxy on another node can come through Ray's object store: the actor fetches it from its
 proxy (a mapping, on its node), puts it there once, and Ray carries it to each node once, however many
 processes of that node read it. `NodeProxy.get_shards` does that, and `enable_rtensor(through_ray=proxies)`
-for RTensors. It pays where several processes of a node read the same large shards; for one reader the raw
-bytes over HTTP are cheaper. Small shards come with the actor's answer. What the actor keeps in Ray's store is
-bounded (SHARED_BYTES, the least recently used go first), so a shard may be read there for a while after its
-deletion by somebody else; a backend's own `delete` tells the actor.
+for RTensors. It is for nodes where several processes read the same large shards; for one reader it is
+a step more than raw bytes over HTTP. Small shards come with the actor's answer. What the actor keeps in Ray's
+store is bounded (SHARED_BYTES, the least recently used go first), so a shard may be read there for a while
+after its deletion by somebody else; a backend's own `delete` tells the actor.
 
 Actors take no CPU from Ray's books unless told (`num_cpus`), so that they fit beside AReaL's placement
 groups; the proxy's own `--workers` says what it uses. areal_fast has to be installed on every node, or be in
@@ -111,9 +111,8 @@ class ProxyActor:
         had."""
         with self._sharing:
             if self._client is None:
-                self._client = Client(
-                    f"http://{self._proxy.status().address}", self._admin_key, ways=HOST_WAYS
-                )
+                url = f"http://{self._proxy.status().address}"
+                self._client = Client(url, self._admin_key, ways=HOST_WAYS)
             missing = [one for one in dict.fromkeys(shard_ids) if one not in self._shared]
             try:
                 fetched = self._client.get_many(missing) if missing else []

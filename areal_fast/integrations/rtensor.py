@@ -55,18 +55,18 @@ class ShardInfo(Protocol):
 class AReaLFastBackend:
     """An RTensorBackend. node: HOST:PORT of an areal_fast proxy that `store` puts shards into; None: as AReaL
     does. admin_api_key: only for proxies that run with --data-auth. ways: as Client takes them; with "gpu"
-    among them tensors may come on a GPU, where AReaL's own are always in host memory. through_ray: proxies
-    whose shards other nodes get through Ray's object store."""
+    among them tensors may come on a GPU, where AReaL's own are always in host memory."""
 
     def __init__(
         self,
         node: str | None = None,
         *,
+        through_ray: Sequence[NodeProxy] = (),
         admin_api_key: str | None = None,
         timeout_s: float = TIMEOUT_S,
         ways: Sequence[Way] = HOST_WAYS,
-        through_ray: Sequence[NodeProxy] = (),
     ) -> None:
+        """through_ray: proxies whose shards other nodes get through Ray's object store."""
         url = f"http://{node}" if node else None
         self.client = Client(url, admin_api_key, timeout_s=timeout_s, ways=ways)
         self._stores_here = node is not None

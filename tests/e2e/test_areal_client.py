@@ -47,8 +47,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def fronted(areal: Path) -> Iterator[tuple[str, str]]:
-    """AReaL's router and gateway: (gateway URL, router URL). Proxies are registered with the router."""
+def fronted(areal: Path, proxy: Server) -> Iterator[tuple[str, str]]:
+    """AReaL's router and gateway before `proxy`: (gateway URL, router URL)."""
     router_port, gateway_port = free_port(), free_port()
     base: list[str | Path] = [areal, "-W", "ignore", "-m"]
     listen = ["--host", "127.0.0.1", "--port"]
@@ -67,7 +67,7 @@ def fronted(areal: Path) -> Iterator[tuple[str, str]]:
 
 
 def rolled_out(areal: Path, proxy: Server) -> dict[str, Any]:
-    with fronted(areal) as (gateway, router):
+    with fronted(areal, proxy) as (gateway, router):
         done = subprocess.run(
             [areal, WIRE / "areal_rollout.py", gateway, router, proxy.url],
             capture_output=True, text=True, timeout=ROLLOUT_TIMEOUT_S, check=False,

@@ -97,7 +97,13 @@ def test_its_commands_run(proxy: Proxy, dumps: Path, environment: dict[str, str]
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         said += done.stdout
-    for promised in ("areal_fast 0.", "areal-fast 0.", '"status": "ok"', "moved-0-active.json"):
+    for promised in (
+        "areal_fast 0.",
+        "areal-fast 0.",
+        '"status": "ok"',
+        "moved-0",
+        "1 of 1 files are as they were written",
+    ):
         assert promised in said
 
 
@@ -113,7 +119,12 @@ def test_its_examples_run(proxy: Proxy, dumps: Path, environment: dict[str, str]
         env=environment | {"AREAL_FAST_ARGS": given}, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
-    for promised in ("str tensor([0, 1, 2, 3, 4, 5])", "ready", "[0]"):
+    for promised in (
+        "str tensor([0, 1, 2, 3, 4, 5])",
+        "ready",
+        "[0]",
+        "moved-0-active.json 0.0 torch.Size([1, ",
+    ):
         assert promised in done.stdout
 
 
@@ -142,7 +153,8 @@ def test_its_options_are_there_with_these_defaults() -> None:
 
     settings, unknown = config.parse(["--backend-addr", "", "--admin-api-key", "x"])
     assert not unknown
-    rows = dict(re.findall(r"^\| `([a-z_]+)` \| ([^|]*) \|", TEXT, re.MULTILINE))
+    section = TEXT.partition("### Options")[2].partition("## What stays")[0]
+    rows = dict(re.findall(r"^\| `([a-z_]+)` \| ([^|]*) \|", section, re.MULTILINE))
     assert rows["log_level"] == settings.log_level
     assert float(rows["shard_ttl_seconds"]) == settings.shard_ttl_s
     assert settings.dump_path == "" and rows["stale_session_dump_path"] == "none"

@@ -96,7 +96,10 @@ def test_the_wheel_has_every_module_and_no_source_of_anything_else(wheel: Path) 
         assert f"areal_fast/core/{name}{suffix}" in names
         assert f"areal_fast/core/{name}.pyi" in names
     assert "areal_fast/py.typed" in names
-    wanted = r"areal_fast/.*\.(py|pyi|so)|areal_fast/py\.typed|areal_fast-[^/]*\.dist-info/[^/]*|[a-z_]*\.pth"
+    wanted = (
+        r"areal_fast/.*\.(py|pyi|so)|areal_fast/py\.typed|areal_fast-[^/]*\.dist-info/[^/]*"
+        r"|areal_fast-[^/]*\.data/purelib/areal_fast\.pth"
+    )
     assert unwanted(names, wanted) == []
 
 

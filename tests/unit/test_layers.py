@@ -162,13 +162,23 @@ def test_heavy_packages_stay_out(heavy: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["service.supervisor", "service.worker", "service.cleaner", "service.keeper", "client"]
+    "module",
+    [
+        "service.supervisor",
+        "service.worker",
+        "service.cleaner",
+        "service.keeper",
+        "client",
+        "integrations.ray",
+    ],
 )
 def test_importing_loads_nothing_heavy(module: str) -> None:
-    """A worker never has torch; a client has it when it makes a tensor, and openai when it makes a chat."""
+    """A worker never has torch; a client has it when it makes a tensor, openai when it makes a chat, and Ray
+    when it is asked to use it."""
     program = (
         f"import sys, areal_fast.{module}\n"
-        "print(*sorted({m.partition('.')[0] for m in sys.modules} & {'torch', 'transformers', 'openai'}))"
+        "heavy = {'torch', 'transformers', 'openai', 'ray'}\n"
+        "print(*sorted({m.partition('.')[0] for m in sys.modules} & heavy))"
     )
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=200, check=True

@@ -7,7 +7,7 @@ client, TURNS turns (the second one streamed), a reward, the export, RTensor. An
 connection broke, as agents do; the openai client repeats by itself what is not streamed. "half" is printed
 when half of the turns are done, so that whoever started this can do harm then; at the end one JSON object:
 for each session every tensor's dtype, shape and digest, what its agent was told and what stands in its
-tensors, and how many turns had to be repeated.
+tensors; and how many turns had to be repeated, the proxy's health, and which sessions it still has.
 """
 
 from __future__ import annotations
@@ -145,7 +145,13 @@ def before_one(client: httpx.Client, gateway: str, router: str, proxy: str, size
     trajectories = asyncio.run(all_episodes(gateway, agents))
     client.post(f"{router}/unregister", json=place, headers=ADMIN).raise_for_status()
     local = [(a, RTensor.localize(t)) for a, t in zip(agents, trajectories, strict=True) if t is not None]
-    return local, progress.repeated, client.get(f"{proxy}/health").json()
+    state = client.get(f"{proxy}/health").json()
+    left = client.get(f"{proxy}/admin/sessions", headers=ADMIN)  # the original has no such page
+    return local, {
+        "repeated": progress.repeated,
+        "health": state,
+        "left": left.json()["sessions"] if left.status_code == 200 else None,
+    }
 
 
 def main(gateway: str, router: str, folder: str, sessions: str, turns: str, *proxies: str) -> dict[str, Any]:
@@ -153,9 +159,9 @@ def main(gateway: str, router: str, folder: str, sessions: str, turns: str, *pro
     report: dict[str, Any] = {}
     with httpx.Client(timeout=60) as client:
         for proxy in proxies:
-            local, repeated, health = before_one(client, gateway, router, proxy, [int(sessions), int(turns)])
+            local, state = before_one(client, gateway, router, proxy, [int(sessions), int(turns)])
             rows = {str(agent.number): described(agent, tensors, tokenizer) for agent, tensors in local}
-            report[proxy] = {"sessions": rows, "repeated": repeated, "health": health}
+            report[proxy] = {"sessions": rows, **state}
     return report
 
 

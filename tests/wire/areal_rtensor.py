@@ -4,6 +4,7 @@
     python areal_rtensor.py exact PROXY NODE      every dtype through both backends, from both kinds of node
     python areal_rtensor.py cycles PROXY          1,000 lives of a shard; this process's memory meanwhile
     python areal_rtensor.py ray PROXY             Ray's object store beside ours
+    python areal_rtensor.py ray_nodes             a proxy's shards through Ray's store, on another node
 
 The checkout must be on PYTHONPATH. Prints one JSON object.
 """
@@ -165,6 +166,49 @@ def with_ray(proxy: str) -> dict[str, Any]:
         ray.shutdown()
 
 
+def ray_nodes() -> dict[str, Any]:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from areal_fast.integrations.ray import start_proxies
+
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        cluster.add_node(**node)
+        ray.init(address=cluster.address, log_to_driver=False)
+        cluster.wait_for_nodes()
+        here = ray.get_runtime_context().get_node_id()
+        other = next(row["NodeID"] for row in ray.nodes() if row["NodeID"] != here)
+        flags = ["--backend-addr", "embedded", "--workers", "1", "--arena-max-bytes", "64M"]
+        (proxy,) = start_proxies([*flags, "--admin-api-key", "key"], nodes=[other])
+        backend = enable_rtensor(through_ray=[proxy])
+        made = [torch.randn(300, 300), torch.arange(5), torch.randn(1 << 15).to(torch.bfloat16)]
+        there = AReaLFastBackend(proxy.address)
+        ids = [there.store(tensor) for tensor in made]
+        remote = [
+            RTensor(TensorShardInfo(one, proxy.address), torch.empty_like(tensor, device="meta"))
+            for one, tensor in zip(ids, made, strict=True)
+        ]
+        local = RTensor.localize(remote)
+        report: dict[str, Any] = {
+            "equal": [bits(a) == bits(b) for a, b in zip(local, made, strict=True)],
+            "by http": dict(backend.client.ways),
+        }
+        for address, gone in RTensor.collect_shards(remote).items():
+            asyncio.run(RTensor.clear_node(address, gone))
+        report["left in ray"] = ray.get(proxy.actor.forget.remote(ids))
+        try:
+            backend.fetch([one.shard for one in remote])
+        except RuntimeError as error:
+            report["gone"] = "not found" in str(error)
+        report["stopped"] = proxy.stop()
+        return report
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
 if __name__ == "__main__":
-    scenarios = {"node": node, "exact": exact, "cycles": cycles, "ray": with_ray}
+    scenarios = {"node": node, "exact": exact, "cycles": cycles, "ray": with_ray, "ray_nodes": ray_nodes}
     print(json.dumps(scenarios[sys.argv[1]](*sys.argv[2:])))

@@ -96,3 +96,12 @@ def test_ray_keeps_what_is_rays(areal: Path, proxy: Proxy) -> None:
     assert report["values"] == [[0, 1, 2, 3], [1.0, 1.0], [9], [5.0, 5.0]]
     assert report["left"] == 0
     assert proxy.ask("DELETE", "/data/clear", {"shard_ids": []}).json["num_tensors"] == 0
+
+
+def test_shards_of_another_node_come_through_ray(areal: Path) -> None:
+    report = scenario(areal, "ray_nodes")
+    assert report["equal"] == [True, True, True]
+    assert report["by http"] == {}
+    assert report["left in ray"] == 0, "the backend's delete told the actor"
+    assert report["gone"] is True
+    assert report["stopped"] == 0
