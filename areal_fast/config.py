@@ -18,6 +18,7 @@ import importlib.util
 import ipaddress
 import math
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -256,6 +257,57 @@ def parse(
         start_timeout_s=args.start_timeout_seconds,
     )
     return settings, unknown
+
+
+AREAL_MANAGES = ("--host", "--port", "--backend-addr", "--admin-api-key", "--callback-server-addr")
+"""What only AReaL's controller can know of a proxy that it launches."""
+
+
+def areal_switch(environ: Mapping[str, str] | None = None) -> bool:
+    """AREAL_FAST: unset, empty or 0 is off, 1 is on. UsageError for anything else."""
+    value = (os.environ if environ is None else environ).get("AREAL_FAST", "").strip()
+    if value not in ("", "0", "1"):
+        raise UsageError(f"AREAL_FAST={value}: 1 is on, 0 or nothing is off")
+    return value == "1"
+
+
+def switch_areal_off() -> None:
+    """AREAL_FAST=0 where it was something else, for this process and those it will start."""
+    if os.environ.get("AREAL_FAST"):
+        os.environ["AREAL_FAST"] = "0"
+
+
+def areal_arguments(
+    options: Mapping[str, str | float | bool | None], environ: Mapping[str, str] | None = None
+) -> list[str]:
+    """The flags for a proxy that AReaL launches: those of AREAL_FAST_ARGS, then `options` (a flag's name with
+    underscores and its value; True for a flag without one, None and False for none). UsageError if the proxy
+    would not start with them, does not know one, or AReaL has to choose it."""
+    try:
+        given = shlex.split((os.environ if environ is None else environ).get("AREAL_FAST_ARGS", ""))
+    except ValueError as error:
+        raise UsageError(f"AREAL_FAST_ARGS: {error}") from None
+    _check_areal_arguments("AREAL_FAST_ARGS", given)
+    called: list[str] = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            flag = "--" + name.replace("_", "-")
+            called += [flag] if value is True else [f"{flag}={value}"]
+    _check_areal_arguments("enable()", called)
+    return [*given, *called]
+
+
+def _check_areal_arguments(source: str, arguments: Sequence[str]) -> None:
+    flags = {argument.partition("=")[0] for argument in arguments}
+    refused = sorted(flags & {"-h", "--help", *AREAL_MANAGES})
+    if refused:
+        raise UsageError(f"{source}: argument {refused[0]}: AReaL's to choose")
+    try:
+        _, unknown = parse(["--backend-addr", "", "--host", "127.0.0.1", *arguments], {})
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from None
+    if unknown:
+        raise UsageError(f"{source}: the proxy knows no {' '.join(unknown)}")
 
 
 def cuda_library(environ: Mapping[str, str] | None = None) -> str:
