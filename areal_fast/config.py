@@ -228,7 +228,7 @@ def parse(
         backend_addr=backend.rstrip("/"),
         backend_embedded=embedded,
         backend_type=args.backend_type,
-        tokenizer_path=tokenizer,
+        tokenizer_path=tokenizer_folder(tokenizer, environment),
         trust_remote_code=args.trust_remote_code,
         log_level=args.log_level,
         request_timeout_s=args.request_timeout,
@@ -313,6 +313,26 @@ def _check_areal_arguments(source: str, arguments: Sequence[str]) -> None:
 def cuda_library(environ: Mapping[str, str] | None = None) -> str:
     """The CUDA driver to open: AREAL_FAST_LIBCUDA (a path or name for dlopen), or the system's."""
     return (os.environ if environ is None else environ).get("AREAL_FAST_LIBCUDA") or CUDA_LIBRARY
+
+
+def tokenizer_folder(path: str, environ: Mapping[str, str]) -> str:
+    """`path`, or for a model's name on the Hugging Face hub ("Qwen/Qwen3-8B"), which AReaL's configurations
+    may hold instead, the folder of it that a download by anybody here has left. Downloads nothing.
+
+    Source: huggingface_hub's cache: models--ORG--NAME/refs/main names the commit, snapshots/COMMIT is the
+    folder; HF_HUB_CACHE, HF_HOME or XDG_CACHE_HOME say where."""
+    if not path or path == BYTE_TOKENIZER or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        return path
+    cache = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE")
+    if not cache:
+        home = environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+        cache = os.path.join(home, "hub")
+    model = Path(cache).expanduser() / f"models--{path.replace('/', '--')}"
+    try:
+        folder = model / "snapshots" / (model / "refs" / "main").read_text().strip()
+    except (OSError, ValueError):
+        return path
+    return str(folder) if folder.is_dir() and not Path(path).exists() else path
 
 
 def installed_dialect() -> str:
