@@ -12,11 +12,14 @@ a call-back's failure reach the import: `complain` says it in one line.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 
-CallBack = Callable[[ModuleType], object]
+TYPE_CHECKING = False  # typing's own costs as much as all the rest
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+    CallBack = Callable[[ModuleType], object]
 
 
 def complain(text: str) -> None:
