@@ -89,7 +89,7 @@ def beside(areal: Path, folder: Path, *pth: Path) -> Path:
     _run(sys.executable, "-m", "venv", "--without-pip", folder)
     (packages,) = folder.glob("lib/python3*/site-packages")
     (theirs,) = areal.parents[1].glob("lib/python3*/site-packages")
-    (packages / "beside.pth").write_text(f"{theirs}\n{CHECKOUT}\n")
+    (packages / "__beside.pth").write_text(f"{theirs}\n{CHECKOUT}\n")  # read in the order of their names
     for file in pth:
         shutil.copy(file, packages)
     return folder / "bin" / "python"
