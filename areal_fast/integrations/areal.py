@@ -225,8 +225,10 @@ def _command(layout: Layout, role: str, argv: Sequence[str]) -> Sequence[str]:
         if role == ROLE:
             _say(f"warning: AReaL's data proxy is {list(argv)[:3]}, not {layout.proxy}; AReaL keeps it")
         return argv
-    ours = ["--drain-seconds", str(DRAIN_S), "--areal-dialect", _dialect(layout), *_arguments]
-    _say(f"AReaL {layout.generation}: its data proxies are launched as {MODULE}, with {' '.join(ours)}")
+    dialect = _dialect(layout)
+    ours = ["--drain-seconds", str(DRAIN_S), "--areal-dialect", dialect, *_arguments]
+    generation = layout.generation if dialect == "auto" else dialect
+    _say(f"AReaL {generation}: its data proxies are launched as {MODULE}, with {' '.join(ours)}")
     return [*argv[:at], MODULE, *argv[at + 1 :], *ours]
 
 
