@@ -119,10 +119,7 @@ def test_a_providers_model_is_recorded_as_text(reports: Reports) -> None:
 
 def test_the_gateway_pauses_a_proxy_by_its_id(reports: Reports) -> None:
     mine = reports["ours"]["gateway"]
-    assert [[verb, status] for verb, status, _ in mine] == [
-        ["pause_generation", 200],
-        ["continue_generation", 200],
-    ]
+    assert mine == [["pause_generation", 200, True], ["continue_generation", 200, True]]
     assert mine == reports["original"]["gateway"]
 
 

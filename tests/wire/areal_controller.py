@@ -166,14 +166,14 @@ def online(controller: Any, model: str) -> dict[str, Any]:
 
 
 def asked_of_the_gateway(controller: Any) -> list[list[Any]]:
-    """Verb, status and proxy's answer of what operators ask by a proxy's id in the router."""
+    """Verb, status and whether the proxies did it, of what operators ask by a proxy's id in the router."""
     admin = {"Authorization": f"Bearer {ADMIN}"}
     found = []
     for worker in controller.worker_ids.values():
         for verb in ("pause_generation", "continue_generation"):
             url = f"{controller.proxy_gateway_addr}/{verb}/{worker}"
             reply = httpx.post(url, json={}, headers=admin, timeout=60)
-            found.append([verb, reply.status_code, reply.json()])
+            found.append([verb, reply.status_code, *(one["ok"] for one in reply.json()["results"])])
     return found
 
 
