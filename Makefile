@@ -100,7 +100,7 @@ model: ## SPIN over the control word and the two-step export; skipped, saying so
 e2e: build ## whole process trees: kills, stops, drain, the demo
 	$(PY) -m pytest -q tests/e2e -m "not areal and not soak" $(ARGS)
 
-areal: build ## the released AReaL's gateway, router and client before this proxy; AReaL lives in .venv-areal
+areal: build ## under the released AReaL's controller, guard, gateway and router; AReaL lives in .venv-areal
 	@$(PY) tests/wire/areal_env.py
 	$(PY) -m pytest -q -m areal tests/e2e tests/wire $(ARGS)
 

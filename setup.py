@@ -1,7 +1,9 @@
 """Builds the extensions: the Cython edge with the whole C core in a single shared object; the device pool's
 edge over csrc/cuda.c, which only the keeper and its clients import; and those that know no arena: rows of
 tokens, messages of a chat, and the short way of a request through the HTTP server. Each exports nothing but
-its module init. Everything else about the package is in pyproject.toml.
+its module init. areal_fast.pth goes beside the package, not into it, in wheels and editable installs alike:
+with it AREAL_FAST=1 works without an import (areal_fast/integrations/autostart.py). Everything else about the
+package is in pyproject.toml.
 
 Environment, read at build time only:
   AREAL_FAST_SANITIZE=address|undefined|thread   an instrumented build (run under the matching LD_PRELOAD)
@@ -13,8 +15,11 @@ import os
 from glob import glob
 
 from Cython.Build import cythonize
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
+
+# Loaded after setuptools, which brings its own distutils.
+from distutils.command.install_data import install_data  # isort: skip
 
 COMMON = ["-std=gnu11", "-D_GNU_SOURCE", "-fvisibility=hidden", "-fno-strict-aliasing", "-g", "-pthread"]
 CORE_WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion"]
@@ -54,6 +59,21 @@ class BuildExt(build_ext):
         super().build_extensions()
 
 
+class DataInEditables(Distribution):
+    """setuptools asks `has_data` whether an editable install has data files, and has no answer itself."""
+
+    def has_data(self):
+        return self.has_data_files()
+
+
+class InstallPth(install_data):
+    """The only data file is a .pth, which counts nowhere but in site-packages itself."""
+
+    def finalize_options(self):
+        self.set_undefined_options("install", ("install_purelib", "install_dir"))
+        super().finalize_options()
+
+
 APART = {
     "core._cuda": "csrc/cuda.c",
     "core._tokens": "csrc/tokens.c",
@@ -86,5 +106,7 @@ others = [extension(name, [source], libraries=LIBRARIES.get(name, [])) for name,
 
 setup(
     ext_modules=cythonize([core, *others], compiler_directives={"language_level": "3"}),
-    cmdclass={"build_ext": BuildExt},
+    distclass=DataInEditables,
+    data_files=[("", ["areal_fast/integrations/areal_fast.pth"])],
+    cmdclass={"build_ext": BuildExt, "install_data": InstallPth},
 )

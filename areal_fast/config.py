@@ -18,6 +18,7 @@ import importlib.util
 import ipaddress
 import math
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -233,7 +234,7 @@ def parse(
         backend_addr=backend.rstrip("/"),
         backend_embedded=embedded,
         backend_type=args.backend_type,
-        tokenizer_path=tokenizer,
+        tokenizer_path=tokenizer_folder(tokenizer, environment),
         trust_remote_code=args.trust_remote_code,
         log_level=args.log_level,
         request_timeout_s=args.request_timeout,
@@ -265,9 +266,80 @@ def parse(
     return settings, unknown
 
 
+AREAL_MANAGES = ("--host", "--port", "--backend-addr", "--admin-api-key", "--callback-server-addr")
+"""What only AReaL's controller can know of a proxy that it launches."""
+
+
+def areal_switch(environ: Mapping[str, str] | None = None) -> bool:
+    """AREAL_FAST: unset, empty or 0 is off, 1 is on. UsageError for anything else."""
+    value = (os.environ if environ is None else environ).get("AREAL_FAST", "").strip()
+    if value not in ("", "0", "1"):
+        raise UsageError(f"AREAL_FAST={value}: 1 is on, 0 or nothing is off")
+    return value == "1"
+
+
+def switch_areal_off() -> None:
+    """AREAL_FAST=0 where it was something else, for this process and those it will start."""
+    if os.environ.get("AREAL_FAST"):
+        os.environ["AREAL_FAST"] = "0"
+
+
+def areal_arguments(
+    options: Mapping[str, str | float | bool | None], environ: Mapping[str, str] | None = None
+) -> list[str]:
+    """The flags for a proxy that AReaL launches: those of AREAL_FAST_ARGS, then `options` (a flag's name with
+    underscores and its value; True for a flag without one, None and False for none). UsageError if the proxy
+    would not start with them, does not know one, or AReaL has to choose it."""
+    try:
+        given = shlex.split((os.environ if environ is None else environ).get("AREAL_FAST_ARGS", ""))
+    except ValueError as error:
+        raise UsageError(f"AREAL_FAST_ARGS: {error}") from None
+    _check_areal_arguments("AREAL_FAST_ARGS", given)
+    called: list[str] = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            flag = "--" + name.replace("_", "-")
+            called += [flag] if value is True else [f"{flag}={value}"]
+    _check_areal_arguments("enable()", called)
+    return [*given, *called]
+
+
+def _check_areal_arguments(source: str, arguments: Sequence[str]) -> None:
+    flags = {argument.partition("=")[0] for argument in arguments}
+    refused = sorted(flags & {"-h", "--help", *AREAL_MANAGES})
+    if refused:
+        raise UsageError(f"{source}: argument {refused[0]}: AReaL's to choose")
+    try:
+        _, unknown = parse(["--backend-addr", "", "--host", "127.0.0.1", *arguments], {})
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from None
+    if unknown:
+        raise UsageError(f"{source}: the proxy knows no {' '.join(unknown)}")
+
+
 def cuda_library(environ: Mapping[str, str] | None = None) -> str:
     """The CUDA driver to open: AREAL_FAST_LIBCUDA (a path or name for dlopen), or the system's."""
     return (os.environ if environ is None else environ).get("AREAL_FAST_LIBCUDA") or CUDA_LIBRARY
+
+
+def tokenizer_folder(path: str, environ: Mapping[str, str]) -> str:
+    """`path`, or for a model's name on the Hugging Face hub ("Qwen/Qwen3-8B"), which AReaL's configurations
+    may hold instead, the folder of it that a download by anybody here has left. Downloads nothing.
+
+    Source: huggingface_hub's cache: models--ORG--NAME/refs/main names the commit, snapshots/COMMIT is the
+    folder; HF_HUB_CACHE, HF_HOME or XDG_CACHE_HOME say where."""
+    if not path or path == BYTE_TOKENIZER or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        return path
+    cache = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE")
+    if not cache:
+        home = environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+        cache = os.path.join(home, "hub")
+    model = Path(cache).expanduser() / f"models--{path.replace('/', '--')}"
+    try:
+        folder = model / "snapshots" / (model / "refs" / "main").read_text().strip()
+    except (OSError, ValueError):
+        return path
+    return str(folder) if folder.is_dir() and not Path(path).exists() else path
 
 
 def installed_dialect() -> str:

@@ -74,7 +74,7 @@ def needs_own_code(path: Path) -> bool:
 def load_folder(path: Path) -> Folder:
     """Load the folder. Raises TokenizerError. Takes about 0.3 s for a vocabulary of 150k."""
     if not path.is_dir():
-        raise TokenizerError(f"tokenizer path {path} is not a folder")
+        raise TokenizerError(f"tokenizer path {path} is not a folder, nor a model in the Hugging Face cache")
     config = read_json(path / "tokenizer_config.json") or {}
     if not isinstance(config, dict):
         raise TokenizerError(f"{path / 'tokenizer_config.json'} does not hold an object")

@@ -9,7 +9,9 @@ build.
 
     python tests/wire/areal_env.py        # build if needed, print the interpreter's path
 
-AREAL_FAST_AREAL_VENV names another place for the environment.
+AREAL_FAST_AREAL_VENV names another place for the environment. Its processes are given `environment()`:
+without compiled files on disk, importing AReaL takes 19 s of CPU instead of 8, and a test starts it ten
+times.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ def _digest() -> str:
 
 def _run(*command: str | Path) -> None:
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False
-    )
+        [str(part) for part in command], env=environment(), capture_output=True, text=True,
+        timeout=BUILD_TIMEOUT_S, check=False,
+    )  # fmt: skip
     if done.returncode:
         last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
         raise ArealUnavailable(f"{command[0]} … exited {done.returncode}: {last}")
@@ -73,6 +76,23 @@ def areal_python() -> Path:
             raise ArealUnavailable(str(failure)) from failure
         stamp.write_text(_digest())
     return python
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment, in which Python may keep what it compiled; and `more`."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | more
+
+
+def beside(areal: Path, folder: Path, *pth: Path) -> Path:
+    """The interpreter of a new environment in `folder` where AReaL and this checkout are installed together,
+    as a user has them; with the given .pth files."""
+    _run(sys.executable, "-m", "venv", "--without-pip", folder)
+    (packages,) = folder.glob("lib/python3*/site-packages")
+    (theirs,) = areal.parents[1].glob("lib/python3*/site-packages")
+    (packages / "__beside.pth").write_text(f"{theirs}\n{CHECKOUT}\n")  # read in the order of their names
+    for file in pth:
+        shutil.copy(file, packages)
+    return folder / "bin" / "python"
 
 
 if __name__ == "__main__":

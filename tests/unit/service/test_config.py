@@ -201,3 +201,42 @@ def test_a_wildcard_is_replaced_by_an_address_others_can_dial() -> None:
 def test_settings_survive_the_trip_to_a_child() -> None:
     s = settings("--engine-max-tokens", "100", "--admin-api-key", "schlüssel")
     assert msgspec.json.decode(msgspec.json.encode(s), type=Settings) == s
+
+
+# -- a model's name instead of a tokenizer folder ------------------------------------------------------------
+def downloaded(cache: Path, name: str) -> Path:
+    """A model in a cache, as huggingface_hub leaves it; its folder."""
+    model = cache / f"models--{name.replace('/', '--')}"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("c0ffee")
+    (model / "snapshots" / "c0ffee").mkdir(parents=True)
+    return model / "snapshots" / "c0ffee"
+
+
+@pytest.mark.parametrize(
+    ("where", "variables"),
+    [
+        ("", {"HF_HUB_CACHE": "{}"}),
+        ("hub", {"HF_HOME": "{}"}),
+        ("huggingface/hub", {"XDG_CACHE_HOME": "{}"}),
+    ],
+)
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-8B", "gpt2"])
+def test_a_models_name_is_its_folder_in_the_cache(
+    tmp_path: Path, where: str, variables: dict[str, str], name: str
+) -> None:
+    folder = downloaded(tmp_path / where, name)
+    environ = {key: value.format(tmp_path) for key, value in variables.items()}
+    got, _ = parse(["--host", "127.0.0.1", "--tokenizer-path", name], environ)
+    assert got.tokenizer_path == str(folder)
+    for path in ("Qwen/another", "/m", "./Qwen/Qwen3-8B", "a/b/c", config.BYTE_TOKENIZER):
+        got, _ = parse(["--host", "127.0.0.1", "--tokenizer-path", path], environ)
+        assert got.tokenizer_path == path
+
+
+def test_a_folder_beats_a_models_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloaded(tmp_path / "cache", "Qwen/Qwen3-8B")
+    (tmp_path / "Qwen" / "Qwen3-8B").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    environ = {"HF_HUB_CACHE": str(tmp_path / "cache")}
+    assert config.tokenizer_folder("Qwen/Qwen3-8B", environ) == "Qwen/Qwen3-8B"
