@@ -160,12 +160,9 @@ static bool read_length(const char *text, uint32_t len, int64_t *out) {
     return true;
 }
 
-bool af_http_read_head(const char *text, size_t size, size_t most, af_http_head *out) {
-    unsigned seen = 0;
-    if (size > most) size = most;
-    if (size > UINT32_MAX) size = UINT32_MAX;
-    size_t at = read_line(text, size, out);
-    if (at == 0) return false;
+/* The fields, from `at` to behind the empty line. Returns whether they are of the form; `seen` gets a bit a name. */
+static bool read_fields(const char *text, size_t size, size_t at, unsigned *seen, af_http_head *out) {
+    *seen = 0;
     out->fields = 0;
     out->body = 0;
     out->keep_alive = true;
@@ -175,8 +172,8 @@ bool af_http_read_head(const char *text, size_t size, size_t most, af_http_head 
         at = read_field(text, size, at, f);
         if (at == 0 || f->known == FRAMING) return false;
         bool once = f->known == AF_HTTP_HOST || f->known == AF_HTTP_CONTENT_LENGTH || f->known == AF_HTTP_CONNECTION;
-        if (once && (seen & (1U << f->known))) return false;
-        seen |= 1U << f->known;
+        if (once && (*seen & (1U << f->known))) return false;
+        *seen |= 1U << f->known;
         const char *value = text + f->value;
         if (f->known == AF_HTTP_CONTENT_LENGTH) {
             if (!read_length(value, f->value_len, &out->body)) return false;
@@ -185,7 +182,38 @@ bool af_http_read_head(const char *text, size_t size, size_t most, af_http_head 
             else if (f->value_len != 10 || !same(value, "keep-alive", 10)) return false;
         }
     }
-    if (size - at < 2 || text[at + 1] != '\n' || !(seen & (1U << AF_HTTP_HOST))) return false;
+    if (size - at < 2 || text[at + 1] != '\n') return false;
     out->size = (uint32_t)(at + 2);
     return true;
+}
+
+static size_t bounded(size_t size, size_t most) {
+    if (size > most) size = most;
+    return size > UINT32_MAX ? UINT32_MAX : size;
+}
+
+bool af_http_read_head(const char *text, size_t size, size_t most, af_http_head *out) {
+    unsigned seen;
+    size = bounded(size, most);
+    size_t at = read_line(text, size, out);
+    return at != 0 && read_fields(text, size, at, &seen, out) && (seen & (1U << AF_HTTP_HOST));
+}
+
+bool af_http_read_reply(const char *text, size_t size, size_t most, af_http_head *out) {
+    static const char START[] = "HTTP/1.1 ";
+    unsigned seen;
+    size = bounded(size, most);
+    size_t at = sizeof(START) - 1;
+    if (size < at + 4 || memcmp(text, START, at) != 0) return false;
+    out->status = 0;
+    for (int i = 0; i < 3; i++, at++) {
+        if (text[at] < '0' || text[at] > '9') return false;
+        out->status = 10 * out->status + (uint32_t)(text[at] - '0');
+    }
+    if (out->status < 200 || out->status > 599 || out->status == 204 || out->status == 304) return false;
+    if (text[at] != ' ') return false;
+    while (at < size && is((uint8_t)text[at], VALUE)) at++;
+    if (size - at < 2 || text[at] != '\r' || text[at + 1] != '\n') return false;
+    out->line = (uint32_t)at;
+    return read_fields(text, size, at + 2, &seen, out) && (seen & (1U << AF_HTTP_CONTENT_LENGTH));
 }

@@ -19,6 +19,7 @@ cdef extern from "http_head.h" nogil:
     ctypedef struct af_http_head:
         uint32_t size
         uint32_t line
+        uint32_t status
         uint32_t method
         uint32_t target
         uint32_t path_len
@@ -29,3 +30,4 @@ cdef extern from "http_head.h" nogil:
         af_http_field field[AF_HTTP_FIELDS]
 
     c_bool af_http_read_head(const char *text, size_t size, size_t most, af_http_head *out)
+    c_bool af_http_read_reply(const char *text, size_t size, size_t most, af_http_head *out)

@@ -77,6 +77,11 @@ def read_head(block: bytes) -> RequestHead | None:
     """What `block` says if it is one head of the usual form (csrc/http_head.h), and nothing else; None says
     only that it is not that."""
 
+def read_reply(data: bytes, most: int) -> tuple[int, Headers, bool, bytes] | None:
+    """Status, headers, whether the connection is kept, and body, if `data` is one whole reply of the usual
+    form (csrc/http_head.h) to a request that was no HEAD, with a head of at most `most` bytes, and nothing
+    else."""
+
 @disjoint_base
 class Common:
     """What the connections of one server share; the server is one.
@@ -100,7 +105,7 @@ class Common:
 class Shortcut:
     """A connection's part that ordinary requests need. What begins with an underscore is between it and
     connection.Connection, which inherits it and provides `_received`, `_later`, `_failed`, `_exchange_done`,
-    `_break_off`, `_bound_unsent` and `_writable`.
+    `_arrived`, `_send_at_once`, `_break_off`, `_bound_unsent` and `_writable`.
 
     `_exchange` is being answered; `_sending` is answered, and its on_sent waits for the last byte; `_clean`:
     the parser is fresh and nothing is gathered."""

@@ -3,7 +3,7 @@
 
 Job: what every request meets. An `Exchange` and its reply; heads of the usual form (csrc/http_head.h); and, for a
 connection at rest to which one whole ordinary request comes in one piece, the whole way from `data_received` to the
-transport's `write`. Contracts stand in _native.pyi.
+transport's `write`. On the engine's side, the same for one whole ordinary reply. Contracts stand in _native.pyi.
 
 Theory. connection.py is the whole state machine, and this a shortcut through it that starts and ends in the same
 state: at rest, nothing half read, nothing being answered. `_clean` says that the parser holds nothing and has seen
@@ -149,9 +149,9 @@ cdef class RequestHead:
         return f"RequestHead{self.parts()!r}"
 
 
-cdef RequestHead head_of(const char *text, af_http_head *h):
+cdef Headers headers_of(const char *text, af_http_head *h):
     """What was read, as objects. None if a name stands twice, so that order matters: not for here."""
-    cdef RequestHead head = RequestHead.__new__(RequestHead)
+    cdef Headers headers
     cdef af_http_field *f
     cdef uint32_t i
     cdef dict first = {}
@@ -165,14 +165,24 @@ cdef RequestHead head_of(const char *text, af_http_head *h):
         first[name] = PyBytes_FromStringAndSize(text + f.value, f.value_len)
     if len(first) != <Py_ssize_t> h.fields:
         return None
+    headers = Headers.__new__(Headers)
+    headers.first = first
+    return headers
+
+
+cdef RequestHead head_of(const char *text, af_http_head *h):
+    """The same for the whole head of a request."""
+    cdef RequestHead head = RequestHead.__new__(RequestHead)
+    cdef Headers headers = headers_of(text, h)
+    if headers is None:
+        return None
     head.method = <str> METHODS[h.method]
     head.path = PyUnicode_DecodeASCII(text + h.target, h.path_len, NULL)
     if h.target_len > h.path_len:
         head.query = PyUnicode_DecodeASCII(text + h.target + h.path_len + 1, h.target_len - h.path_len - 1, NULL)
     else:
         head.query = ""
-    head.headers = Headers.__new__(Headers)
-    head.headers.first = first
+    head.headers = headers
     head.http11 = True
     head.keep_alive = h.keep_alive
     head.body_size = h.body
@@ -186,6 +196,19 @@ def read_head(bytes block not None):
     if not af_http_read_head(PyBytes_AS_STRING(block), size, size, &h) or h.size != size:
         return None
     return head_of(PyBytes_AS_STRING(block), &h)
+
+
+def read_reply(bytes data not None, size_t most):
+    cdef af_http_head h
+    cdef const char *text = PyBytes_AS_STRING(data)
+    cdef Py_ssize_t have = PyBytes_GET_SIZE(data)
+    cdef Headers headers
+    if not af_http_read_reply(text, have, most, &h) or h.body != have - <Py_ssize_t> h.size:
+        return None
+    headers = headers_of(text, &h)
+    if headers is None:
+        return None
+    return h.status, headers, h.keep_alive != 0, PyBytes_FromStringAndSize(text + h.size, have - h.size)
 
 
 # -- what the connections of a server share ------------------------------------------------------------------
@@ -338,11 +361,15 @@ cdef class Shortcut:
     cdef int done(self, Exchange exchange) except -1:
         """The reply is complete, as far as the handler goes."""
         self.release(exchange)
-        if (self._exchange is exchange and self._clean and exchange._on_sent is None and exchange._keep_alive
-                and self._state == OPEN and not self._write_paused and not self._input_ended
-                and not self._server.draining):
-            self._exchange = None
-            return self.rest()
+        if (self._exchange is exchange and self._clean and exchange._keep_alive and self._state == OPEN
+                and not self._write_paused and not self._input_ended and not self._server.draining):
+            if exchange._on_sent is None:
+                self._exchange = None
+                return self.rest()
+            if not self._transport.is_closing() and not self._transport.get_write_buffer_size():
+                self._exchange = None
+                self._arrived(exchange)
+                return self.rest()
         self._exchange_done(exchange)
         return 0
 
@@ -454,6 +481,8 @@ cdef class Exchange:
         cdef bytes end = self.persistence()
         self.state = DONE
         self.status = status
+        if self._on_sent is not None:
+            connection._send_at_once()
         if bodiless or self.head.method == "HEAD":
             connection.send(joined(start, -1 if bodiless else size, end, None))
         elif pieces is None:

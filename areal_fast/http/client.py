@@ -33,10 +33,12 @@ from areal_fast.http._native import Headers
 from areal_fast.http.client_connection import Call, EngineConnection, StreamCall
 from areal_fast.http.errors import BrokenReply, ConnectFailed, PoolFull, Timeout
 from areal_fast.http.headers import HeaderPairs, encode_headers
+from areal_fast.http.wheel import Wheel
 
 _TARGET = re.compile(r"/[\x21-\x7e]*")
 _JOIN_BELOW = 65536
 _KEPT_STARTS = 64
+_TICK_S = 0.05
 
 
 class BaseUrl(msgspec.Struct, frozen=True):
@@ -158,6 +160,7 @@ class Client:
         self._connecting = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._handed: dict[asyncio.Future[None], EngineConnection | None] = {}
+        self._wheel = Wheel(_TICK_S)  # deadlines of what is under way
         self._reaper: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -183,14 +186,19 @@ class Client:
         `headers` say otherwise. Raises ConnectFailed (PoolFull), Timeout, BrokenReply; ValueError for what
         cannot be sent."""
         message = self._encode(method, path, body, headers)
-        deadline = self._deadline(method, path, timeout_s)
+        loop = asyncio.get_running_loop()
         self.stats.requests += 1
         began = time.monotonic()
         try:
             for attempt in (0, 1):
-                connection = await self._acquire(deadline, fresh=attempt > 0)
+                if attempt or not self._idle or self._waiting or self._closed:
+                    left = began + timeout_s - time.monotonic()
+                    connection = await self._acquire_within(method, path, left, fresh=attempt > 0)
+                else:
+                    connection = self._take_idle()
                 sent = time.monotonic()
-                call = Call(deadline.future())
+                call = Call(loop.create_future(), (method, path))
+                self._wheel.set(connection, self._wheel.ticks(began + timeout_s - sent))
                 reused = connection.used > 0
                 try:
                     connection.send(call, method, message)
@@ -214,8 +222,6 @@ class Client:
         except BaseException:
             self.stats.failed += 1
             raise
-        finally:
-            deadline.cancel()
 
     async def stream(
         self,
@@ -261,6 +267,7 @@ class Client:
     def close(self) -> None:
         """Close every connection; what is under way fails with BrokenReply, what waits with ConnectFailed."""
         self._closed = True
+        self._wheel.stop()
         if self._reaper is not None:
             self._reaper.cancel()
             self._reaper = None
@@ -312,6 +319,15 @@ class Client:
         return self._retry_stale and reused and not call.touched and not self._closed
 
     # The pool
+
+    async def _acquire_within(
+        self, method: str, path: str, timeout_s: float, *, fresh: bool
+    ) -> EngineConnection:
+        deadline = self._deadline(method, path, timeout_s)
+        try:
+            return await self._acquire(deadline, fresh=fresh)
+        finally:
+            deadline.cancel()
 
     async def _acquire(self, deadline: _Deadline, *, fresh: bool) -> EngineConnection:
         """A connection for one request: to be sent on before anything else is awaited."""

@@ -6,6 +6,10 @@ is seldom sent on a dead one. A call ends in exactly one of: its reply is whole,
 used again only if the reply was whole, nothing follows it, the request was sent to its end and both sides
 mean to keep it.
 
+One whole ordinary reply that comes in one piece is read without the parser, which then has nothing of it
+(`_clean`). A request's time is one deadline of its connection in the pool's wheel: one store a request, no
+timer.
+
 A whole reply is gathered here (`Call`); a streamed one (`StreamCall`) queues pieces and pauses reading beyond
 `STREAM_HIGH_WATER`, so that a slow reader slows the engine, not fills this process.
 """
@@ -17,7 +21,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import cast
 
-from areal_fast.http.errors import BrokenReply
+from areal_fast.http._native import read_reply
+from areal_fast.http.errors import BrokenReply, Timeout
 from areal_fast.http.fill import WORTH_FILLING, Fill
 from areal_fast.http.head import ProtocolError, ReplyHead
 from areal_fast.http.parser import END, ReplyParser
@@ -28,17 +33,21 @@ STREAM_HIGH_WATER = 262144
 class Call:
     """One request's reply in the making. `done` gets None when the reply is whole, else an exception."""
 
-    __slots__ = ("_body", "done", "head", "touched")
+    __slots__ = ("_body", "done", "head", "touched", "what")
     gathers = True  # the body is wanted whole
 
-    def __init__(self, done: asyncio.Future[None]) -> None:
+    def __init__(self, done: asyncio.Future[None], what: tuple[str, str] = ("", "")) -> None:
         self.done = done
+        self.what = what  # method and path, for an error's text
         self.head: ReplyHead | None = None
         self.touched = False  # a byte of the reply has arrived
         self._body: bytes | bytearray = b""
 
     def begin(self, head: ReplyHead) -> None:
         self.head = head
+
+    def late(self) -> Timeout:
+        return Timeout(f"{self.what[0]} {self.what[1]}: no whole reply in time")
 
     def piece(self, data: bytes) -> None:
         body = self._body
@@ -132,7 +141,12 @@ class EngineConnection(asyncio.Protocol):
         max_body_bytes: int,
         max_header_bytes: int,
     ) -> None:
+        self.due = 0
+        self.filed = 0
         self._released = released
+        self._max_body_bytes = max_body_bytes
+        self._max_header_bytes = max_header_bytes
+        self._clean = False  # a call is here whose reply the parser has seen nothing of
         self._parser = ReplyParser(max_body_bytes, max_header_bytes)
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)  # until connection_made
         self._call: Call | None = None
@@ -148,6 +162,7 @@ class EngineConnection(asyncio.Protocol):
         self._call = call
         self.used += 1
         self._parser.expect(method)
+        self._clean = call.gathers and method != "HEAD"
         if len(request) == 1:
             self._transport.write(request[0])
         else:
@@ -169,6 +184,15 @@ class EngineConnection(asyncio.Protocol):
             self.close()
             return
         call.touched = True
+        if self._clean:
+            self._clean = False
+            whole = read_reply(data, self._max_header_bytes)
+            if whole is not None and len(whole[3]) <= self._max_body_bytes:
+                status, headers, keep_alive, body = whole
+                call.begin(ReplyHead(status, headers, keep_alive, len(body)))
+                call.piece(body)
+                self._end_call(call)
+                return
         self._parser.feed(data)
         self._take_events(call)
 
@@ -211,6 +235,7 @@ class EngineConnection(asyncio.Protocol):
             and not self._transport.get_write_buffer_size()
         )
         self._call = None
+        self.due = 0
         call.finish()
         if reusable:
             self.resume()
@@ -241,9 +266,15 @@ class EngineConnection(asyncio.Protocol):
     def fail(self, error: Exception) -> None:
         """End the call with `error`, and the connection."""
         call, self._call = self._call, None
+        self.due = 0
         self.close()
         if call is not None:
             call.fail(error)
+
+    def expired(self) -> None:
+        """The wheel: the request's time is over."""
+        if self._call is not None:
+            self.fail(self._call.late())
 
     def abandon(self, call: Call) -> None:
         """Nobody waits for `call` any more: end the connection, unless the call has left it already."""

@@ -360,7 +360,7 @@ class Connection(Shortcut, asyncio.Protocol):
 
     def _later(self, exchange: Exchange, pending: Awaitable[None]) -> None:
         """The handler's answer takes time."""
-        self._server.spawn(self._run(exchange, pending))
+        self._server.start(self._run(exchange, pending))
 
     async def _run(self, exchange: Exchange, pending: Awaitable[None]) -> None:
         try:
@@ -372,6 +372,8 @@ class Connection(Shortcut, asyncio.Protocol):
             raise
         except Exception as error:
             self._failed(exchange, error)
+        finally:
+            self._server.ended()
 
     def _failed(self, exchange: Exchange, error: Exception) -> None:
         """A handler's fault: the client gets a 500 if nothing was sent yet, else a visibly broken reply."""
@@ -408,7 +410,10 @@ class Connection(Shortcut, asyncio.Protocol):
             if self._transport.is_closing():
                 self._settle(False)
             elif not self._transport.get_write_buffer_size():
+                self._transport.set_write_buffer_limits(self._server.limits.write_high_water)
                 self._settle(True)
+                if exchange.keep_alive and not self._pumping:
+                    self._proceed()
             else:
                 self._transport.set_write_buffer_limits(0)  # resume_writing comes when all is sent
                 return
@@ -538,6 +543,17 @@ class Connection(Shortcut, asyncio.Protocol):
             self._server.parked(self)
 
     # Callbacks
+
+    def _send_at_once(self) -> None:
+        """Somebody waits for the reply's last byte to be sent: let the transport try while it is written,
+        rather than in the loop's next turn. Whoever settles it puts the limit back."""
+        if self._state == _OPEN and not self._transport.is_closing():
+            self._transport.set_write_buffer_limits(0)
+
+    def _arrived(self, exchange: Exchange) -> None:
+        """It went out whole, and the connection is at rest."""
+        self._transport.set_write_buffer_limits(self._server.limits.write_high_water)
+        self._report_sent(exchange, True)
 
     def _settle(self, arrived: bool) -> None:
         """The reply whose last byte was waited for is out, or will never be."""

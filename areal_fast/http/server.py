@@ -101,7 +101,7 @@ class Server(Common):
         self._connections: set[Connection] = set()
         self._parked: set[Connection] = set()  # answered, waiting only for the client to close
         self._opening = 0  # accepted, not yet connection_made
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[Any] | None] = set()
         self._listeners: list[socket.socket] = []
         self._watched = False
         self._batch = limits.accept_batch
@@ -174,7 +174,7 @@ class Server(Common):
             self.accepted += 1
             self._opening += 1
             accepted.setblocking(False)
-            self.spawn(self._open(accepted, peer if isinstance(peer, tuple) else (peer,)))
+            self.start(self._open(accepted, peer if isinstance(peer, tuple) else (peer,)))
         self._step_back()
 
     async def _open(self, accepted: socket.socket, peer: tuple[object, ...]) -> None:
@@ -185,6 +185,8 @@ class Server(Common):
             self._opening -= 1
             accepted.close()
             self._check_quiet()
+        finally:
+            self.ended()
 
     def _step_back(self) -> None:
         """More may be waiting: let the other processes come first, but take one more the next time."""
@@ -261,11 +263,14 @@ class Server(Common):
         if self._quiet is not None and not self._quiet.done() and not self._busy():
             self._quiet.set_result(None)
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` as a task, which is kept from being collected until it calls `ended` at its end. (A
+        callback on the task would do that too, for another turn of the loop.)"""
         assert self._loop is not None
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.add(self._loop.create_task(work))
+
+    def ended(self) -> None:
+        self._tasks.discard(asyncio.current_task())
 
     def report(self, what: str, error: Exception) -> None:
         try:

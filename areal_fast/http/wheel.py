@@ -3,7 +3,8 @@
 Theory. Time is counted in ticks. An item sits in one bucket, the tick at which it is looked at next; its
 `due` may move later for free (one store), and the bucket, when its tick comes, files it again. Only a
 deadline that comes closer files the item anew; its old entry is then recognised by `filed` and dropped. So a
-request on a kept connection costs one store, not a timer.
+request on a kept connection costs one store, not a timer. Nothing is filed further ahead than _AHEAD ticks,
+so that what is over and forgotten is not kept by a bucket for all of its deadline.
 
 Invariants: an item expires at or after its deadline, at most two ticks late while the loop keeps up. Ticks
 are those the loop has run, not wall time: after a stopped process or a stalled loop every client still has
@@ -15,6 +16,8 @@ from __future__ import annotations
 import asyncio
 from math import ceil
 from typing import Protocol
+
+_AHEAD = 64
 
 
 class Timed(Protocol):
@@ -45,10 +48,10 @@ class Wheel:
             self._file(item, due)
 
     def _file(self, item: Timed, due: int) -> None:
-        item.filed = due
-        bucket = self._buckets.get(due)
+        item.filed = tick = min(due, self.now + _AHEAD)
+        bucket = self._buckets.get(tick)
         if bucket is None:
-            self._buckets[due] = [item]
+            self._buckets[tick] = [item]
         else:
             bucket.append(item)
         if self._timer is None:

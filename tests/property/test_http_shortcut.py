@@ -17,9 +17,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from areal_fast.http import Exchange, Limits, Server
-from areal_fast.http._native import RequestHead, read_head
+from areal_fast.http._native import RequestHead, read_head, read_reply
 from areal_fast.http.connection import Connection
-from areal_fast.http.head import _parse_request_head
+from areal_fast.http.head import _parse_reply_head, _parse_request_head
+from areal_fast.http.parser import END, ReplyParser
 from tests.unit.http.serving import chunked, get, post
 from tests.unit.http.test_parser import SMUGGLING
 
@@ -114,6 +115,50 @@ def test_usual_heads_are_taken_and_cut_ones_are_not() -> None:
     assert read_head(b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: y\r\n" * 40 + b"\r\n") is None
 
 
+@st.composite
+def replies(draw: st.DrawFn) -> bytes:
+    """A reply, usual or not, with a body that may be shorter or longer than it says."""
+    odd = ["200", "200 ", "503 No\tway", "204 X", "304 X", "100 X", "20 X", "2000 X"]
+    status = draw(st.sampled_from(["200 OK"] * 4 + odd))
+    body = draw(st.binary(max_size=8))
+    fields = draw(st.lists(st.tuples(names, st.sampled_from([":", ": ", " :"]), values), max_size=4))
+    if draw(st.integers(0, 4)):
+        fields.insert(0, ("Content-Length", ": ", str(len(body))))
+    lines = [f"{draw(versions)} {status}", *("".join(field) for field in fields)]
+    text = "".join(line + draw(ends) for line in lines) + "\r\n"
+    return text.encode("utf-8", "surrogatepass") + body
+
+
+@settings(max_examples=500, deadline=None)
+@given(replies())
+@example(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}")
+@example(b"HTTP/1.1 500 Oh no\r\nServer: x\r\nContent-Length: 0\r\n\r\n")
+def test_a_reply_that_is_taken_means_the_same_to_the_parser(data: bytes) -> None:
+    found = read_reply(data, 4096)
+    if found is None:
+        return
+    status, headers, keep_alive, body = found
+    parser = ReplyParser(1000, 4096)
+    parser.feed(data)
+    head = parser.next()
+    assert head == _parse_reply_head(data[: data.find(b"\r\n\r\n") + 4], "GET")
+    assert (status, list(headers), keep_alive, len(body)) == (
+        (head.status, list(head.headers), head.keep_alive, head.body_size)  # type: ignore[union-attr]
+    )
+    if body:
+        assert parser.next() == body
+    assert parser.next() is END and parser.buffered == 0
+
+
+def test_usual_replies_are_taken_and_cut_ones_are_not() -> None:
+    reply = b"HTTP/1.1 200 OK\r\ndate: x\r\nserver: uvicorn\r\ncontent-length: 2\r\nX-Y: a/b\r\n\r\n{}"
+    found = read_reply(reply, 4096)
+    assert found is not None and (found[0], found[2], found[3]) == (200, True, b"{}")
+    assert all(read_reply(reply[:size], 4096) is None for size in range(len(reply)))
+    assert read_reply(reply + b"H", 4096) is None
+    assert read_reply(reply, len(reply) - 3) is None and read_reply(reply, len(reply) - 2) is not None
+
+
 class Sink(asyncio.Transport):
     """Takes what is written. Never full."""
 
@@ -121,6 +166,7 @@ class Sink(asyncio.Transport):
         super().__init__()
         self.written = bytearray()
         self.closed = False
+        self.high: int | None = None
 
     def write(self, data: Any) -> None:
         self.written += data
@@ -129,7 +175,11 @@ class Sink(asyncio.Transport):
         for piece in pieces:
             self.written += piece
 
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        if self.closed:
+            raise RuntimeError("unable to perform operation; the handler is closed")  # as uvloop does
+        self.high = high
+
     def get_write_buffer_size(self) -> int:
         return 0
 
@@ -219,3 +269,38 @@ def test_usual_requests_take_the_short_way(monkeypatch: pytest.MonkeyPatch) -> N
     assert long == []
     asyncio.run(answers(at_once, [get() + get(), get(), post(b"x" * 201)]))
     assert len(long) == 2
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_whether_an_awaited_reply_was_sent_is_told(lost: bool) -> None:
+    async def serve() -> None:
+        asked: list[Exchange] = []
+        told: list[bool] = []
+        release = asyncio.Event()
+
+        async def answer(exchange: Exchange) -> None:
+            asked.append(exchange)
+            exchange.on_sent(told.append)
+            await release.wait()
+            exchange.respond(200, b"{}")
+
+        errors: list[Exception] = []
+        server = Server(answer, LIMITS, on_error=lambda what, error: errors.append(error))
+        server._loop = asyncio.get_running_loop()
+        connection, sink = Connection(server, ("127.0.0.1", 1)), Sink()
+        connection.connection_made(sink)
+        connection.data_received(get())
+        while not asked:
+            await asyncio.sleep(0)
+        if lost:
+            sink.closed = True
+            connection.connection_lost(None)
+        release.set()
+        while not asked[0].finished:
+            await asyncio.sleep(0)
+        assert told == [not lost] and errors == [] and connection._exchange is None
+        assert sink.high == LIMITS.write_high_water
+        assert (connection._clean and connection.due > 0) or lost
+        server.wheel.stop()
+
+    asyncio.run(serve())

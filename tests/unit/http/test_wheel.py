@@ -7,7 +7,7 @@ import asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from areal_fast.http.wheel import Wheel
+from areal_fast.http.wheel import _AHEAD, Wheel
 
 
 class Item:
@@ -73,3 +73,22 @@ def test_the_timer_runs_only_while_something_is_filed() -> None:
         assert not wheel._buckets
 
     asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_what_is_over_is_soon_forgotten() -> None:
+    async def turn() -> None:
+        wheel, log = Wheel(1000.0), list[int]()
+        item = Item(1, log)
+        wheel.set(item, 5000)
+        item.due = 0  # settled long before its time
+        for _ in range(_AHEAD):
+            wheel.advance()
+        assert not wheel._buckets and log == []
+        wheel.set(item, 3 * _AHEAD)
+        for tick in range(3 * _AHEAD):
+            assert log == [], tick
+            wheel.advance()
+        assert log == [1]
+        wheel.stop()
+
+    asyncio.run(turn())
