@@ -20,7 +20,7 @@ ends a message can reach beyond it: what is cut up to there depends on the text 
 from the beginning, whole texts are cut as their parts are.
 
 Invariant: `take(body)` is None, or decode_chat(body) but for its messages, and the prompt that
-HfTokenizer.prompt makes of them. One thread, the loop's. Bounded: messages by bytes, skeletons by number.
+HfTokenizer.prompt makes of them. One thread, the loop's. Bounded in bytes: messages, and plans.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ from areal_fast.protocol.chat import MESSAGES_TAKEN, BadChat, ChatRequest, decod
 _MAX_ROLES = 64
 _MAX_ROLE_CHARS = 64
 _MAX_MESSAGES = 512  # of a chat that is taken
-_MAX_LAID = 65536  # messages of all plans together: a plan holds about 50 bytes a message
+_MAX_PLAN_BYTES = 4 << 20  # of all plans and what they share, about
+_PLAN_BYTES_A_MESSAGE = 64
+_PLAN_BYTES_A_TOOL_BYTE = 8  # key, literals as text and ids
 _MAX_QUESTIONS = 60  # different ones: they are bits
 _MAX_SKELETONS_A_SHAPE = 8
 _HOPELESS = 64  # shapes without a skeleton, and none with one: the template has none
@@ -74,7 +76,7 @@ class KnownChats:
         self._role_names: list[str] = []
         self._template = template
         self._shapes: dict[tuple[bytes, bytes], list[Plan] | None] = {}
-        self._laid_messages = 0
+        self._plan_bytes = 0
         self._contexts: dict[_Context, _Context] = {}
         self._literals: dict[str, bytes] = {}
         self._questions: list[tuple[Check, str]] = []
@@ -180,8 +182,8 @@ class KnownChats:
         if len(plans) >= _MAX_SKELETONS_A_SHAPE:
             return None
         new = self._traced(body, roles, tools)
-        self._laid_messages += len(roles)
-        if self._laid_messages > _MAX_LAID:
+        self._plan_bytes += _PLAN_BYTES_A_MESSAGE * len(roles) + _PLAN_BYTES_A_TOOL_BYTE * len(shape[1])
+        if self._plan_bytes > _MAX_PLAN_BYTES:
             self._forget()
         if new is None:
             self._shapes[shape] = None
@@ -197,7 +199,7 @@ class KnownChats:
         self._shapes.clear()
         self._contexts.clear()
         self._literals.clear()
-        self._laid_messages = 0
+        self._plan_bytes = 0
 
     def _traced(self, body: bytes, roles: bytes, tools: list[dict[str, Any]] | None) -> Plan | None:
         names = [self._role_names[role] for role in roles]

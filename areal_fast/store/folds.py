@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from areal_fast.core._core import Arena
 
 MAX_INTERACTIONS = 16384
-MAX_IDS_BYTES = 4 << 20
+MAX_IDS_BYTES = 1 << 20
 COMPACT_MIN_BYTES = 32 << 10
 COMPACT_DEAD_RATIO = 1.0
 

@@ -6,6 +6,7 @@ No verdicts: the everyday suite does not run these. `--benchmark-compare` puts t
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 
 from areal_fast.core._core import Arena
+from areal_fast.core._messages import fingerprint
+from areal_fast.core._tokens import ids_text
 from areal_fast.engine.sglang import SGLang
 from areal_fast.engine.templates import ChatTemplate
 from areal_fast.engine.tokenizer import HfTokenizer, load_tokenizer
@@ -129,6 +132,27 @@ def test_segments_known(benchmark: Any, tokenizer: HfTokenizer, count: int) -> N
     text = tokenizer.template.render(messages(count, 120), None, {})
     tokenizer.encode(text)
     benchmark(tokenizer.encode, text)
+
+
+@pytest.mark.parametrize("count", [5, 30])
+def test_known_chat(benchmark: Any, tokenizer: HfTokenizer, count: int) -> None:
+    """From a body whose messages were all seen before to its prompt."""
+    body = msgspec.json.encode({"messages": messages(count, 120), "max_tokens": 64})
+    assert tokenizer.known.take(body) is not None
+    benchmark(tokenizer.known.take, body)
+
+
+def test_ids_as_json(benchmark: Any) -> None:
+    ids = np.random.default_rng(1).integers(0, 150_000, 4000, np.int32).tobytes()
+    benchmark(ids_text, ids)
+
+
+def test_fingerprint_of_a_body(benchmark: Any) -> None:
+    benchmark(fingerprint, bytes(22_000))
+
+
+def test_text_of_64_ids(benchmark: Any, tokenizer: HfTokenizer) -> None:
+    benchmark(tokenizer.decode, array("i", range(1000, 1064)))
 
 
 def test_segments_new(benchmark: Any, tokenizer: HfTokenizer) -> None:

@@ -326,6 +326,37 @@ def test_skeletons_and_their_conditions(source: str, guards: int) -> None:
         assert skeleton.text(others) == template.render(said)
 
 
+def bodies_of_many_shapes(count: int) -> list[bytes]:
+    return [
+        json.dumps(
+            {"messages": [{"role": f"{i:b}"[j], "content": "a"} for j in range(len(f"{i:b}"))]}
+        ).encode()
+        for i in range(1, count + 1)
+    ]
+
+
+def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal_fast.engine.known._MAX_PLAN_BYTES", 2000)
+    tokenizer = ours(token_folders.qwen(), 1 << 20)
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}<|im_end|>{% endfor %}"
+    template = ChatTemplate(source, {})
+    known = KnownChats(template, tokenizer.segments, 8192, limit_bytes=1 << 20)
+    for body in bodies_of_many_shapes(100) * 2:
+        assert check(known, template, tokenizer, body)
+        assert len(known._shapes) < 30
+    tools = [{"type": "function", "function": {"name": "f", "description": "d" * 1000}}]
+    body = json.dumps({"messages": [{"role": "1", "content": "a"}], "tools": tools}).encode()
+    assert check(known, template, tokenizer, body) and len(known._shapes) == 1
+
+
+def test_a_template_without_skeletons_is_given_up() -> None:
+    tokenizer = ours(token_folders.qwen(), 1 << 20)
+    template = ChatTemplate("{% for m in messages %}{{ m.content | length }}{% endfor %}", {})
+    known = KnownChats(template, tokenizer.segments, 8192, limit_bytes=1 << 20)
+    assert not any(map(known.take, bodies_of_many_shapes(64)))
+    assert known._cut is None
+
+
 def test_plans_refuse_what_makes_no_sense() -> None:
     with pytest.raises(BadArgument):
         Plan(("c",), (b"",))
