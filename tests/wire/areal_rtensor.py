@@ -143,7 +143,8 @@ def with_ray(proxy: str) -> dict[str, Any]:
     import ray
 
     own = AReaLFastBackend().store(torch.full((2,), 5.0))  # Ray is not up yet: this process's storage
-    ray.init(num_cpus=1, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
+    size = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 << 20}
+    ray.init(address="local", log_to_driver=False, **size)
     try:
         enable_rtensor()
         remote = RTensor.remotize([torch.arange(4), torch.ones(2)], node_addr="")
