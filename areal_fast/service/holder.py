@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final
 from areal_fast.core import ArenaFull
 from areal_fast.errors import ShardRejected
 from areal_fast.shards import sealed
-from areal_fast.shards.store import FILE_BYTES, FILES_CHANGED, FILES_SEEN, ShardStore
+from areal_fast.shards.store import FILE_BYTES, FILE_COUNT, FILES_CHANGED, FILES_SEEN, ShardStore
 
 if TYPE_CHECKING:
     from areal_fast.core._core import Arena
@@ -133,16 +133,19 @@ class Holder:
                 return False
             self.reconcile()
             return self._counted(nbytes)
-        self.nbytes += nbytes
-        self._arena.set_word(FILE_BYTES, self.nbytes)
+        self._tell(nbytes, 1)
         return True
 
     def _close(self, fd: int) -> None:
         held = self._files.pop(fd)
         os.close(fd)
         self._arena.outside_give(held.nbytes)
-        self.nbytes -= held.nbytes
+        self._tell(-held.nbytes, -1)
+
+    def _tell(self, nbytes: int, files: int) -> None:
+        self.nbytes += nbytes
         self._arena.set_word(FILE_BYTES, self.nbytes)
+        self._arena.add_word(FILE_COUNT, files)
 
     def close(self) -> None:
         for fd in list(self._files):

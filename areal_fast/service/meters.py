@@ -49,6 +49,8 @@ ENGINE_WAIT_NS: Final = 21
 CONNECTIONS: Final = 22
 REFUSED: Final = 23
 """Requests that the HTTP layer refused before any route saw them."""
+SHARDS_MAPPED: Final = 24
+"""Shards that went to readers as descriptors."""
 
 BOUNDS_S: Final = (0.0005, 0.002, 0.01, 0.05, 0.2, 1.0, 5.0, 20.0, 60.0)
 """Upper bounds of the buckets; the tenth is everything above."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from areal_fast import __version__
 from areal_fast.service import meters, words
+from areal_fast.shards.store import FILE_BYTES, FILE_COUNT
 
 if TYPE_CHECKING:
     from areal_fast.core import Arena
@@ -88,6 +89,7 @@ class Metrics:
             "used": stats["granules_used"] * granule,
             "backed": stats["granules_ready"] * granule,
             "kept_back": stats.get("granules_keep", 0) * granule,
+            "files": stats["granules_outside"] * granule,
         }
         return [
             Family(
@@ -99,12 +101,14 @@ class Metrics:
             Family(
                 "arena_bytes",
                 "gauge",
-                "Shared memory: its limit, what is in use, what the system has backed so far, and what is"
-                " kept back for rewards, exports and cleanup",
+                "Shared memory: its limit, what is in use, what the system has backed so far, what is kept"
+                " back for rewards, exports and cleanup, and what shard files take of the limit",
                 [("", {"kind": kind}, value) for kind, value in kinds.items()],
             ),
             _gauge("shards", "Shards that can be fetched", stats["shards_active"]),
             _gauge("shard_bytes", "Bytes of shards", stats["shard_bytes"]),
+            _gauge("shard_files", "Shards that are files", self._arena.word(FILE_COUNT)),
+            _gauge("shard_file_bytes", "Bytes of shards that are files", self._arena.word(FILE_BYTES)),
             _gauge("exports_open", "Exports whose reply is not yet out", stats["txns_open"]),
         ]
 
@@ -147,6 +151,7 @@ _EVENTS: Final = (
     ("prompt_tokens", meters.PROMPT_TOKENS, "Tokens of prompts, each turn's whole prompt"),
     ("output_tokens", meters.OUTPUT_TOKENS, "Tokens generated"),
     ("resubmits", meters.RESUBMITS, "Generations sent to the engine again after it aborted them"),
+    ("shards_mapped", meters.SHARDS_MAPPED, "Shards given to readers on this host as files to be mapped"),
     ("exports_delivered", meters.EXPORTS_DELIVERED, "Exports whose reply was sent"),
     ("exports_undelivered", meters.EXPORTS_UNDELIVERED, "Exports undone, the client was gone"),
     ("engine_requests", meters.ENGINE_REQUESTS, "Calls to the engine"),

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
     from areal_fast.core._core import Arena
 
+FILE_COUNT = 55
+"""Word: shards that are files. Written by the supervisor alone, as FILE_BYTES."""
 FILES_SEEN = 56
 """Word: FILES_CHANGED as of the supervisor's last look: what was removed until then is not counted any
 more."""

@@ -184,6 +184,9 @@ def test_a_large_shard_put_over_http_becomes_a_file_when_it_is_mapped(
     assert bytes(shards.map(["moved"])[0].data) == data
     assert proxy.ask("GET", "/data/moved", headers={"accept": raw.MEDIA_TYPE}).body.endswith(data)
     assert held_files(proxy) == 1, "the next reader gets the same file"
+    page = proxy.ask("GET", "/metrics").body.decode()
+    assert "\nareal_fast_shard_files 1\n" in page and f"\nareal_fast_shard_file_bytes {size}\n" in page
+    assert int(page.split("\nareal_fast_shards_mapped_total ")[1].split("\n")[0]) >= 2
     emptied(proxy, ["moved"])
     assert totals(proxy) == before
 
