@@ -1,4 +1,4 @@
-# cython: boundscheck=False, wraparound=False, auto_pickle=False, autotestdict=False
+# cython: boundscheck=False, wraparound=False, nonecheck=True, auto_pickle=False, autotestdict=False
 """The way of an ordinary request through the server, without the interpreter: bytes in, handler, bytes out.
 
 Job: what every request meets. An `Exchange` and its reply; heads of the usual form (csrc/http_head.h); and, for a

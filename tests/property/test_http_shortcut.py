@@ -304,3 +304,8 @@ def test_whether_an_awaited_reply_was_sent_is_told(lost: bool) -> None:
         server.wheel.stop()
 
     asyncio.run(serve())
+
+
+def test_an_exchange_of_no_connection_is_an_error_and_no_crash() -> None:
+    with pytest.raises(AttributeError):
+        Exchange().method
