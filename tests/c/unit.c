@@ -105,6 +105,8 @@ int main(int argc, char **argv) {
     } tests[] = {
         {"checksum", test_checksum, NULL},
         {"base64", NULL, test_base64},
+        {"hostile_bytes", NULL, test_hostile_bytes},
+        {"ids_written", NULL, test_ids_written},
         {"attach", test_attach, NULL},
         {"words_and_processes", test_words_and_processes, NULL},
         {"start", test_start, NULL},

@@ -15,6 +15,8 @@ void test_twenty_thousand(void);
 void test_long_names(void);
 void test_detach(void);
 void test_base64(uint64_t seed);
+void test_hostile_bytes(uint64_t seed);
+void test_ids_written(uint64_t seed);
 void test_append_and_read(void);
 void test_small_records_share(void);
 void test_reservations(void);
