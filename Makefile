@@ -2,7 +2,7 @@
 #
 # Everything is installed into .venv by pip from constraints.txt; nothing has to be there before but make, Python >= 3.11
 # with venv and headers, and a C compiler (see .ci/venv). Stamps under build/ remember what was installed for which
-# pyproject.toml. Variables: PYTHON (interpreter that makes .venv), SHORT=1 (test without the slow ones), SEED (of fuzz and
+# pyproject.toml. Variables: PYTHON (interpreter that makes .venv), SEED (of fuzz and
 # property tests, which print it), ARGS (passed on to pytest, demo, bench), TORCH_INDEX (an extra package index with CPU
 # builds of torch).
 
@@ -58,12 +58,12 @@ build: build/dev.ok build/native.ok ## .venv with everything for development, ex
 demo: build/demo.ok build/native.ok ## a day in the proxy's life on the embedded engine; its exit status is its verdict
 	$(VENV)/bin/areal-fast demo $(ARGS)
 
-test: build c-test ## the everyday suite: the C tests, then all of pytest but what drives the released AReaL
-	$(PY) -m pytest -q -m "not areal and not soak$(if $(SHORT), and not slow)" $(ARGS)
+test: build c-test ## the everyday suite: the C tests, then all of pytest but the verbs below
+	$(PY) -m pytest -q -m "not areal and not soak and not slow" $(ARGS)
 
 # ---- parts of it, and the long ones ---------------------------------------------------------------------------------
 
-.PHONY: lint format c-test fuzz crash asan ubsan tsan model e2e areal bench gpu bench-micro soak soak-churn clean
+.PHONY: lint format c-test fuzz crash asan ubsan tsan model e2e slow areal bench gpu bench-micro soak soak-churn clean
 lint: build ## ruff, mypy --strict, stubtest, cython-lint; clang-format where installed
 	$(PY) -m ruff check $(wildcard $(RUFF_PATHS))
 	$(PY) -m ruff format --check $(wildcard $(RUFF_PATHS))
@@ -99,6 +99,9 @@ model: ## SPIN over the control word and the two-step export; skipped, saying so
 
 e2e: build ## whole process trees: kills, stops, drain, the demo
 	$(PY) -m pytest -q tests/e2e -m "not areal and not soak" $(ARGS)
+
+slow: build ## tests of tens of seconds each: kills at every moment, churn, a wheel from end to end, the demo
+	$(PY) -m pytest -q -m "slow and not areal and not soak" $(ARGS)
 
 areal: build ## under the released AReaL's controller, guard, gateway and router; AReaL lives in .venv-areal
 	@$(PY) tests/wire/areal_env.py
