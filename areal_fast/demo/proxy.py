@@ -82,7 +82,7 @@ class Proxy:
         except OSError as error:
             raise ProxyFailed(f"cannot write to {self.folder}: {error.strerror}") from None
         self._process = subprocess.Popen(
-            [*self.command, "--admin-api-key", self.admin_key],
+            [*self.command, f"--admin-api-key={self.admin_key}"],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
