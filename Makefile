@@ -2,9 +2,8 @@
 #
 # Everything is installed into .venv by pip from constraints.txt; nothing has to be there before but make, Python >= 3.11
 # with venv and headers, and a C compiler (see .ci/venv). Stamps under build/ remember what was installed for which
-# pyproject.toml. Variables: PYTHON (interpreter that makes .venv), SEED (of fuzz and
-# property tests, which print it), ARGS (passed on to pytest, demo, bench), TORCH_INDEX (an extra package index with CPU
-# builds of torch).
+# pyproject.toml. Variables: PYTHON (interpreter that makes .venv), SEED (of fuzz and property tests, which print it), ARGS
+# (passed on to pytest, demo, bench), TORCH_INDEX (an extra package index with CPU builds of torch).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -59,7 +58,7 @@ demo: build/demo.ok build/native.ok ## a day in the proxy's life on the embedded
 	$(VENV)/bin/areal-fast demo $(ARGS)
 
 test: build c-test ## the everyday suite: the C tests, then all of pytest but the verbs below
-	$(PY) -m pytest -q -m "not areal and not soak and not slow" $(ARGS)
+	$(PY) -m pytest -q -m "not areal and not soak and not slow and not openapi" $(ARGS)
 
 # ---- parts of it, and the long ones ---------------------------------------------------------------------------------
 
@@ -100,7 +99,7 @@ model: ## SPIN over the control word and the two-step export; skipped, saying so
 e2e: build ## whole process trees: kills, stops, drain, the demo
 	$(PY) -m pytest -q tests/e2e -m "not areal and not soak" $(ARGS)
 
-slow: build ## tests of tens of seconds each: kills at every moment, churn, a wheel from end to end, the demo
+slow: build ## whole trees killed at every moment, GPU shards on the fake driver, churn, a wheel from end to end, the demo
 	$(PY) -m pytest -q -m "slow and not areal and not soak" $(ARGS)
 
 areal: build ## under the released AReaL's controller, guard, gateway and router; AReaL lives in .venv-areal

@@ -28,6 +28,8 @@ from tests.devices import Gpus, held_bytes
 from tests.e2e.running import ADMIN, Proxy, wait_until
 from tests.e2e.test_gpu import keeper_pid, proxy
 
+pytestmark = pytest.mark.slow
+
 POOL = 8 << 20
 FIRST, SECOND = (f"{h * 4}-{h * 2}-{h * 2}-{h * 2}-{h * 6}" for h in ("a0", "a1"))
 

@@ -19,6 +19,8 @@ from areal_fast.protocol.wire import TORCH_ITEMSIZE
 from areal_fast.shards.local import LocalShards
 from tests.e2e.running import ADMIN, Proxy, wait_until
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip("torch")
 LARGE = 1 << 18
 """Elements: 1 MiB of float32, a file of its own."""

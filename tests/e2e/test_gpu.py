@@ -18,6 +18,8 @@ from areal_fast.shards.local import LocalShards
 from tests import fakecuda
 from tests.e2e.running import Proxy, alive, wait_until
 
+pytestmark = pytest.mark.slow
+
 FLOATS = base64.b64decode("AACAPwAAAEAAAEBAAACAQA==")
 
 

@@ -20,6 +20,8 @@ from tests.devices import Gpus, held_bytes
 from tests.e2e.running import ADMIN, ROOT
 from tests.e2e.test_gpu import proxy
 
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "docs" / "gpu.md").read_text()
 DATA = bytes(range(200))
 

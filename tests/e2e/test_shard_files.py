@@ -331,6 +331,7 @@ class Producer(threading.Thread):
             assert bytes(shards.map([shard_id])[0].data) == self.live[shard_id]
 
 
+@pytest.mark.slow
 def test_count_and_bytes_are_exact_after_random_kills(seed: int) -> None:
     with Proxy("--hang-timeout-seconds", "3", workers=3, log_level="warning") as proxy:
         until = time.monotonic() + SECONDS

@@ -29,6 +29,8 @@ from tests.e2e.shard_actor import STEPS, content
 from tests.e2e.test_life import shard_ids
 from tests.e2e.test_shard_files import FILE, connected, file_of, held_files, totals
 
+pytestmark = pytest.mark.slow
+
 ABSENT = -1
 Version = tuple[int, int]
 """(size, seed) of a shard's content; size ABSENT: there is none."""
