@@ -9,8 +9,12 @@ import signal
 import threading
 from collections import Counter
 
+import pytest
+
 from tests.e2e.running import ADMIN, Proxy, wait_until
 from tests.unit.service.provider import Provider, Scripted
+
+pytestmark = pytest.mark.slow
 
 
 def told(receiver: Provider) -> list[tuple[str, int]]:

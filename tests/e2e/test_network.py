@@ -238,6 +238,7 @@ def test_streams_that_nobody_reads_end_and_are_recorded(proxy: Proxy) -> None:
             sock.close()
 
 
+@pytest.mark.slow
 # -- clients that stall: slow ones are timed by the layer's own limits, so these wait some seconds ---------
 def test_slow_heads_are_timed_out_together(proxy: Proxy) -> None:
     """Fifty dripping heads cost ten seconds, and nobody else waits for them."""

@@ -243,6 +243,7 @@ def test_an_interaction_that_outlives_its_trajectory_starts_no_other(
     assert rewards_of(admin.export(name)) == [2.0]
 
 
+@pytest.mark.slow
 def test_an_export_whose_reply_was_never_read_is_given_again(
     engine: StandIn, session: tuple[str, Client], admin: Client
 ) -> None:
@@ -261,6 +262,7 @@ def test_an_export_whose_reply_was_never_read_is_given_again(
     assert admin("POST", "/export_trajectories", request).status == 404
 
 
+@pytest.mark.slow
 def test_a_lost_reply_is_replayed_although_something_newer_became_ready(
     engine: StandIn, session: tuple[str, Client], admin: Client
 ) -> None:

@@ -421,6 +421,7 @@ def test_a_folders_own_code_runs_only_when_trusted(own_code: Path, tmp_path: Pat
         load_tokenizer(str(bare))
 
 
+@pytest.mark.slow
 def test_the_helper(own_code: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tokenizer = load_tokenizer(str(own_code), trust_remote_code=True)
     assert isinstance(tokenizer, HelperTokenizer)
