@@ -18,20 +18,7 @@
 #include <stdbool.h>
 #include <string.h>
 
-typedef struct {
-    const char *at;
-    const char *end;
-} reader;
-
-static void skip_blanks(reader *r) {
-    while (r->at < r->end && (*r->at == ' ' || *r->at == '\n' || *r->at == '\r' || *r->at == '\t')) r->at++;
-}
-
-static bool take(reader *r, char c) {
-    if (r->at >= r->end || *r->at != c) return false;
-    r->at++;
-    return true;
-}
+#include "json_text.h"
 
 /* From an opening quote to behind the closing one. */
 static bool skip_string(reader *r) {

@@ -17,24 +17,10 @@
 #include <stdbool.h>
 #include <string.h>
 
+#include "json_text.h"
+
 static const double powers[23] = {1e0,  1e1,  1e2,  1e3,  1e4,  1e5,  1e6,  1e7,  1e8,  1e9,  1e10, 1e11,
                                   1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22};
-
-typedef struct {
-    const char *at;
-    const char *end;
-} reader;
-
-static void skip_blanks(reader *r) {
-    while (r->at < r->end && (*r->at == ' ' || *r->at == '\n' || *r->at == '\r' || *r->at == '\t')) r->at++;
-}
-
-/* Is the next character c? It is taken if so. */
-static bool take(reader *r, char c) {
-    if (r->at >= r->end || *r->at != c) return false;
-    r->at++;
-    return true;
-}
 
 static bool is_digit(const reader *r) { return r->at < r->end && *r->at >= '0' && *r->at <= '9'; }
 
