@@ -78,6 +78,7 @@ APART = {
     "core._cuda": "csrc/cuda.c",
     "core._tokens": "csrc/tokens.c",
     "core._messages": "csrc/messages.c",
+    "core._bpe": "csrc/bpe.c",
     "http._native": "csrc/http_head.c",
 }
 """Extensions of one C file each, which is not part of the core."""

@@ -1,10 +1,11 @@
 """Encoding by segment: a prompt's token ids, where only text never seen before is encoded.
 
-A conversation is sent again and again with a little more at its end, and its encoding costs about 1 µs a
-token. But a tokenizer first cuts the text at its added tokens (`<|im_start|>`…), and each piece between two
-of them is normalized, split and merged by itself: its ids depend on its text alone. So the text is cut in
-the same way here, by one compiled pattern, and the pieces' ids come from a dictionary, as int32, so a prompt
-of any length is put together by a join.
+A conversation is sent again and again with a little more at its end, and its encoding costs the library
+about 1 µs a token. But a tokenizer first cuts the text at its added tokens (`<|im_start|>`…), and each piece
+between two of them is normalized, split and merged by itself: its ids depend on its text alone. So the text
+is cut in the same way here, by one compiled pattern, and the pieces' ids come from a dictionary, as int32, so
+a prompt of any length is put together by a join. New pieces are encoded by core/_bpe.pyx where it can be this
+tokenizer (bpe.py), in a small part of the library's time, and by the library elsewhere.
 
 Which tokens may cut: those matched on the raw text (not `normalized`) that take nothing from their
 neighbours (no `lstrip`, `rstrip`, `single_word`), and that no token of the other kind can overlap. The
@@ -17,8 +18,8 @@ tokenizer's own tokens. Where they differ the cache is off and `why_off` says so
 plain encoder.
 
 Memory is bounded in bytes by two generations: hits in the old one move to the young one; when that is half
-the limit, it becomes the old one. One thread (the loop's) owns the cache; encoding new text may happen on
-any thread.
+the limit, it becomes the old one. One thread (the loop's) owns the cache; encoding new text may happen on any
+thread.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tokenizers import AddedToken, Tokenizer
 
+from areal_fast.core._bpe import BytePairs
 from areal_fast.core._tokens import ids_text
-from areal_fast.engine.words import Unsupported, WordEncoder
+from areal_fast.engine.bpe import Unsupported, byte_pairs
 
 # what an entry costs beside its two buffers: str, bytes object, dictionary slot
 _ENTRY_OVERHEAD_BYTES = 200
-# how many times faster text is encoded by word than by the plain encoder, on the safe side
-_WORDS_FASTER = 3
+# how many times faster byte pairs are than the library's encoder, at their worst: on words never met before
+_PAIRS_FASTER = 4
 
 
 class Prompt:
@@ -138,7 +140,8 @@ class SegmentEncoder:
     """text → Prompt for one `tokenizers.Tokenizer`, with the cache described above."""
 
     def __init__(self, tokenizer: Tokenizer, *, limit_bytes: int = 32 << 20) -> None:
-        """`limit_bytes` 0 switches the cache off. Runs the self-test: some milliseconds."""
+        """`limit_bytes` 0 switches the cache off. Runs the self-tests and builds the tables of byte pairs:
+        some tenths of a second."""
         self._tokenizer = tokenizer
         self._half_bytes = limit_bytes // 2
         self._young: dict[str, bytes] = {}
@@ -150,9 +153,9 @@ class SegmentEncoder:
         """Why the cache is not used; empty if it is."""
         self.hits = 0
         self.misses = 0
-        self._words: WordEncoder | None = None
-        self.why_no_words = "the segment cache is off"
-        """Why new text is not encoded by word (words.py); empty if it is."""
+        self._pairs: BytePairs | None = None
+        self.why_no_pairs = "the segment cache is off"
+        """Why all new text is left to the library (bpe.py); empty if it is not."""
         self._prepare()
 
     # -- encoding
@@ -166,8 +169,8 @@ class SegmentEncoder:
         return prompt
 
     def encode_within(self, text: str, work: int) -> Prompt | None:
-        """As `encode`, or None if that would be more `work` than this (see `work_of`); nothing is encoded
-        then."""
+        """As `encode`, or None if that would be more `work` than this: characters that the library encodes
+        (about 4 a µs)."""
         if self._cut is None:
             return _prompt_of([self._plain(text)]) if len(text) <= work else None
         segments = self._cut.split(text)
@@ -179,9 +182,13 @@ class SegmentEncoder:
             found = list(map(young.get, segments))
             missing = self._promote(segments, found)
             if missing:
-                if self.work_of(missing) > work:
-                    return None
-                new = {segment: self._encode_segment(segment) for segment in missing}
+                new: dict[str, bytes] = {}
+                for segment in missing:
+                    encoded = self._encode_new(segment, work)
+                    if encoded is None:
+                        return None
+                    new[segment], cost = encoded
+                    work -= cost
                 self.misses += len(missing)
                 self._store(new)
                 found = [new[segments[i]] if entry is None else entry for i, entry in enumerate(found)]
@@ -197,35 +204,27 @@ class SegmentEncoder:
         return list(dict.fromkeys(s for s in self._cut.split(text) if s not in young and s not in old))
 
     def encode_segments(self, segments: Sequence[str]) -> list[bytes]:
-        """Encode segments; touches no shared state and releases the GIL while it works, so any thread may
-        do it."""
-        encodings = self._tokenizer.encode_batch_fast(list(segments), add_special_tokens=False)
-        return [_entry(encoding.ids) for encoding in encodings]
+        """Encode segments; any thread may do it. The GIL is released while long ones are encoded."""
+        found = [None if self._pairs is None else self._pairs.encode(segment) for segment in segments]
+        left = [segment for segment, ids in zip(segments, found, strict=True) if ids is None]
+        if not left:
+            return found  # type: ignore[return-value]
+        encodings = iter(self._tokenizer.encode_batch_fast(left, add_special_tokens=False))
+        return [_entry(next(encodings).ids) if ids is None else ids for ids in found]
 
     def segment_within(self, segment: str, work: int) -> tuple[bytes, int] | None:
-        """(int32 ids, JSON digits with commas) of text in which no token cuts, and how much work that was;
-        None if it would be more than `work`. Nothing is kept of it. The cache must be on."""
+        """The int32 ids of text in which no token cuts, and how much work that was; None if it would be more
+        than `work`. Nothing is kept of it. The cache must be on."""
         entry = self._young.get(segment) or self._old.get(segment)
-        if entry:
-            return entry, 0
-        cost = self.work_of((segment,))
-        return (self._encode_segment(segment), cost) if cost <= work else None
+        return (entry, 0) if entry else self._encode_new(segment, work)
 
-    def _encode_segment(self, segment: str) -> bytes:
-        if self._words is not None:
-            ids = self._words.encode(segment)
+    def _encode_new(self, segment: str, work: int) -> tuple[bytes, int] | None:
+        cost = len(segment)
+        if self._pairs is not None and cost // _PAIRS_FASTER <= work:
+            ids = self._pairs.encode(segment)
             if ids is not None:
-                return _entry(ids)
-        return self.encode_segments([segment])[0]
-
-    def work_of(self, segments: Iterable[str]) -> int:
-        """How much work new `segments` are, in characters that take the plain encoder (about 4 a µs)."""
-        if self._words is None:
-            return sum(map(len, segments))
-        # text without spaces (Chinese, base64 with umlauts) has no words to know
-        return sum(
-            len(s) // _WORDS_FASTER if s.isascii() or s.count(" ") * 8 > len(s) else len(s) for s in segments
-        )
+                return ids, cost // _PAIRS_FASTER
+        return (self.encode_segments([segment])[0], cost) if cost <= work else None
 
     def assemble(self, text: str, segments: Sequence[str], entries: Sequence[bytes]) -> Prompt:
         """`text`'s Prompt once its `missing()` segments were encoded elsewhere. Loop thread only."""
@@ -313,9 +312,9 @@ class SegmentEncoder:
         self.clear()
         if self._cut is not None:
             try:
-                self._words, self.why_no_words = WordEncoder(self._tokenizer), ""
+                self._pairs, self.why_no_pairs = byte_pairs(self._tokenizer), ""
             except Unsupported as reason:
-                self.why_no_words = str(reason)
+                self.why_no_pairs = str(reason)
 
     def self_test(self, tokens: Sequence[str]) -> str | None:
         """A text on which encoding by segment differs from encoding as a whole, or None."""

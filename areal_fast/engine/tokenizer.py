@@ -31,7 +31,14 @@ from tokenizers import Tokenizer as Encoder
 
 from areal_fast.core._tokens import TokenBytes
 from areal_fast.engine.detokenize import BytePieces, Pieces, WholePieces, WindowPieces, byte_alphabet
-from areal_fast.engine.folder import Folder, TokenizerError, clean_up, load_folder, needs_own_code
+from areal_fast.engine.folder import (
+    Folder,
+    TokenizerError,
+    clean_up,
+    give_memory_back,
+    load_folder,
+    needs_own_code,
+)
 from areal_fast.engine.known import KnownChats
 from areal_fast.engine.segments import Prompt, SegmentEncoder
 from areal_fast.engine.templates import ChatTemplate, TemplateFailed, check_template_kwargs
@@ -275,4 +282,6 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, cache_bytes: i
             from areal_fast.engine.remote import HelperTokenizer
 
             return HelperTokenizer(str(folder), trust_remote_code=trust_remote_code)
-    return HfTokenizer(load_folder(folder), cache_bytes=cache_bytes)
+    tokenizer = HfTokenizer(load_folder(folder), cache_bytes=cache_bytes)
+    give_memory_back()
+    return tokenizer

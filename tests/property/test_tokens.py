@@ -162,25 +162,11 @@ def test_a_growing_conversation_through_a_cold_cache(turns: list[list[dict[str, 
         assert tokenizer.encode_chat(messages, None, {}).ids().tolist() == expected
 
 
-@pytest.mark.parametrize("family", ["qwen", "llama3"])
-@settings(SETTINGS, max_examples=150)
-@given(texts=st.lists(text | st.text(st.characters(codec="ascii"), max_size=60), min_size=1, max_size=4))
-def test_encoding_by_word(family: str, texts: list[str]) -> None:
-    tokenizer = ours(FOLDERS[family](), 1 << 20)
-    words = tokenizer.segments._words
-    assert words is not None, tokenizer.segments.why_no_words
-    for whole in (*texts, " ".join(texts), "".join(texts)):
-        for segment in tokenizer.segments._cut.split(whole)[::2]:  # type: ignore[union-attr]
-            ids = words.encode(segment)
-            expected = tokenizer._encoder.encode(segment, add_special_tokens=False).ids
-            assert ids is None or ids == expected, segment
-
-
 def test_the_self_test_decides_about_the_cache() -> None:
     used = {name: not ours(folder(), 1 << 20).segments.why_off for name, folder in FOLDERS.items()}
     assert used["qwen"] and used["llama3"] and used["stripping"]
-    by_word = {name: not ours(folder(), 1 << 20).segments.why_no_words for name, folder in FOLDERS.items()}
-    assert by_word == {name: name in ("qwen", "llama3") for name in FOLDERS}
+    native = {name: not ours(folder(), 1 << 20).segments.why_no_pairs for name, folder in FOLDERS.items()}
+    assert native == {name: name in ("qwen", "llama3") for name in FOLDERS}
     # only the first piece gets a space before it: a piece's ids depend on where it stands
     assert not used["metaspace-first"]
     assert "differ" in ours(FOLDERS["metaspace-first"](), 1 << 20).segments.why_off

@@ -20,7 +20,6 @@ from areal_fast.engine.remote import HelperTokenizer
 from areal_fast.engine.segments import Prompt, SegmentEncoder, cutting_tokens, literals_pattern
 from areal_fast.engine.templates import ChatTemplate, TemplateFailed
 from areal_fast.engine.tokenizer import HfTokenizer, TokenizerError, load_tokenizer
-from areal_fast.engine.words import Unsupported, WordEncoder, ascii_pattern
 from tests import token_folders
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -307,54 +306,19 @@ def test_literals_pattern() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}", r"[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]{1,3}"),
-        (r"[\p{Lu}\p{Lt}\p{M}]*[\p{Ll}\p{Lo}]+\p{M}", r"[A-Z]*[a-z]+(?!)"),
-        (r"\p{Han}+", None),
-        ("[一-龥]+", None),
-        (r"\X", None),
-        (r"[a&&b]", None),
-    ],
-)
-def test_unicode_classes_in_ascii(source: str, expected: str | None) -> None:
-    if expected is None:
-        with pytest.raises(Unsupported):
-            ascii_pattern(source)
-    else:
-        assert ascii_pattern(source) == expected
-
-
-@pytest.mark.parametrize(
-    ("pattern", "why"),
-    [
-        (r"[^\s]+ ?[^\s]*|\s+", "differ"),  # two words in one: the chunks' premise is false
-        (r"\w+(?= \p{N})|\w|\s|[^\w\s]", "differ"),  # what follows a space decides about what is before it
-        (r"(\p{L}+)|\s+|[^\s]", "groups"),
-        (r"\p{Greek}+", "Greek"),
-    ],
-)
-def test_tokenizers_whose_words_depend_on_their_neighbours_are_refused(pattern: str, why: str) -> None:
-    from tokenizers import Regex, Tokenizer, pre_tokenizers
-
-    tokenizer = Tokenizer.from_file(str(token_folders.llama3() / "tokenizer.json"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    with pytest.raises(Unsupported, match=why):
-        WordEncoder(tokenizer)
-
-
-def test_the_word_dictionary_is_bounded(qwen: HfTokenizer) -> None:
-    words = WordEncoder(qwen._encoder, limit=100)
-    for i in range(300):
-        text = f"word{i} plus some {i * 7} “more” of it"
-        assert words.encode(text) == qwen._encoder.encode(text, add_special_tokens=False).ids
-        assert len(words._young) <= 120 and len(words._old) <= 120
+def test_new_text_that_is_not_for_byte_pairs_costs_what_the_library_does(qwen: HfTokenizer) -> None:
+    assert qwen.segments.why_no_pairs == ""
+    plain, rare = "word " * 200, "word " * 200 + "\U0010fffe"  # nobody asked about that
+    expected = {text: qwen._encoder.encode(text, add_special_tokens=False).ids for text in (plain, rare)}
+    for text, cost in ((plain, 250), (rare, 1001)):
+        qwen.segments.clear()
+        assert qwen.segments.segment_within(text, cost - 1) is None
+        found = qwen.segments.segment_within(text, cost)
+        assert found is not None and found[1] == cost
+        assert memoryview(found[0]).cast("i").tolist() == expected[text]
+        assert qwen.segments.encode_within(f"<|im_end|>{text}<|im_end|>", cost - 1) is None
+    both = qwen.segments.encode_segments([rare, plain, rare])
+    assert [memoryview(ids).cast("i").tolist() for ids in both] == [expected[t] for t in (rare, plain, rare)]
 
 
 def test_tokens_that_could_hide_others_do_not_cut() -> None:
