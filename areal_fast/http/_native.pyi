@@ -13,6 +13,9 @@ from areal_fast.http.parser import RequestParser
 from areal_fast.http.server import Handler, Server
 from areal_fast.http.wheel import Wheel
 
+WORTH_FILLING: int
+"""So many bytes of a body must be still to come for fill.py to read them."""
+
 _Buffer: TypeAlias = bytes | bytearray | memoryview
 
 @final
@@ -73,6 +76,9 @@ class RequestHead:
     def __eq__(self, other: object, /) -> bool: ...
     __hash__ = None  # type: ignore[assignment]
 
+def room(size: int) -> bytes:
+    """`size` bytes of anything, for who fills all of them before anybody else sees them. ValueError."""
+
 def read_head(block: bytes) -> RequestHead | None:
     """What `block` says if it is one head of the usual form (csrc/http_head.h), and nothing else; None says
     only that it is not that."""
@@ -104,8 +110,8 @@ class Common:
 @disjoint_base
 class Shortcut:
     """A connection's part that ordinary requests need. What begins with an underscore is between it and
-    connection.Connection, which inherits it and provides `_received`, `_later`, `_failed`, `_exchange_done`,
-    `_arrived`, `_send_at_once`, `_break_off`, `_bound_unsent` and `_writable`.
+    connection.Connection, which inherits it and provides `_received`, `_begun`, `_later`, `_failed`,
+    `_exchange_done`, `_arrived`, `_send_at_once`, `_break_off`, `_bound_unsent` and `_writable`.
 
     `_exchange` is being answered; `_sending` is answered, and its on_sent waits for the last byte; `_clean`:
     the parser is fresh and nothing is gathered."""

@@ -3,7 +3,9 @@
 
 Job: what every request meets. An `Exchange` and its reply; heads of the usual form (csrc/http_head.h); and, for a
 connection at rest to which one whole ordinary request comes in one piece, the whole way from `data_received` to the
-transport's `write`. On the engine's side, the same for one whole ordinary reply. Contracts stand in _native.pyi.
+transport's `write`. Of one that begins like that and has a large body, the head and no more: what is here of the body
+goes on as it is (`_begun`), not by way of the parser's copies. On the engine's side, the same for one whole ordinary
+reply. Contracts stand in _native.pyi.
 
 Theory. connection.py is the whole state machine, and this a shortcut through it that starts and ends in the same
 state: at rest, nothing half read, nothing being answered. `_clean` says that the parser holds nothing and has seen
@@ -42,7 +44,10 @@ cdef enum:
     JOIN_BELOW = 65536      # a body up to here is copied behind its head rather than sent as a second buffer
     CHUNK_JOIN_BELOW = 16384
     KEPT_HEAD_BYTES = 1024  # a longer head is not kept for comparison with the next one
+    FILLED_BYTES = 131072
     FRAMING_BYTES = 64      # what content-length takes at most
+
+WORTH_FILLING = FILLED_BYTES
 
 cdef tuple METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD")
 cdef tuple NAMES = (
@@ -190,6 +195,12 @@ cdef RequestHead head_of(const char *text, af_http_head *h):
     return head
 
 
+def room(Py_ssize_t size):
+    if size < 0:
+        raise ValueError("less than no room")
+    return PyBytes_FromStringAndSize(NULL, size)
+
+
 def read_head(bytes block not None):
     cdef af_http_head h
     cdef size_t size = PyBytes_GET_SIZE(block)
@@ -307,7 +318,9 @@ cdef class Shortcut:
             if not af_http_read_head(text, have, server.max_header, &h):
                 return 0
             size = h.size
-            if h.line > server.max_line or h.fields > server.max_fields or h.body != have - size:
+            if h.line > server.max_line or h.fields > server.max_fields:
+                return 0
+            if h.body != have - size and h.body - (have - size) <= FILLED_BYTES:
                 return 0
             head = head_of(text, &h)
             if head is None:
@@ -316,8 +329,14 @@ cdef class Shortcut:
                 self.last = data if size == have else PyBytes_FromStringAndSize(text, size)
                 self.last_head = head
         body = head.body_size
-        if body != have - size or body > server.max_body:
+        if body > server.max_body:
             return 0
+        if body != have - size:
+            if body - (have - size) <= FILLED_BYTES:
+                return 0
+            self._clean = False
+            self._begun(head, memoryview(data)[size:])
+            return 1
         if body > server.small_body and (server.sinks is not None or server.body_bytes + body > server.max_bodies):
             return 0
         server.body_bytes += body

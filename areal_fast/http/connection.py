@@ -87,7 +87,7 @@ class Connection(Shortcut, asyncio.Protocol):
         self._wheel = server.wheel
         self._head: RequestHead | None = None  # of the request whose body is being read
         self._in_head = False  # part of a head is here, and its deadline runs
-        self._body: bytes | bytearray = b""
+        self._body: bytes | bytearray | memoryview = b""
         self._body_since = 0  # tick at which the body was first waited for; 0: it was not
         self._fill: Fill | None = None  # what reads the body, if that is large
         self._held = 0  # bytes of it that have come
@@ -208,22 +208,37 @@ class Connection(Shortcut, asyncio.Protocol):
                 elif type(event) is bytes:
                     self._gather(event)
                 else:
-                    self._head = head = cast(RequestHead, event)
-                    self._in_head = False
-                    self._body_since = 0
-                    if head.body_size > self._server.limits.small_body_bytes:
-                        self._streamed = 0
-                        if self._server.sinks is not None:
-                            self._sink = self._server.sinks(head)
-                        if self._sink is None and not self._server.room_for(head.body_size):
-                            self._refuse_for_now()
-                            break
+                    head = cast(RequestHead, event)
+                    if not self._begin(head):
+                        break
                     if head.expects_continue and head.body_size and not parser.buffered:
                         self._send(_CONTINUE)
         except ProtocolError as error:
             self._refuse(error.status, error.detail)
         finally:
             self._pumping = False
+
+    def _begin(self, head: RequestHead) -> bool:
+        """A head is here, and its body comes. False: it may not come now, and the request is refused."""
+        self._head = head
+        self._in_head = False
+        self._body_since = 0
+        if head.body_size > self._server.limits.small_body_bytes:
+            self._streamed = 0
+            if self._server.sinks is not None:
+                self._sink = self._server.sinks(head)
+            if self._sink is None and not self._server.room_for(head.body_size):
+                self._refuse_for_now()
+                return False
+        return True
+
+    def _begun(self, head: RequestHead, start: memoryview) -> None:
+        """The shortcut has read the head of a large body, which begins with `start` and is not whole."""
+        self.parser.read_elsewhere(head.body_size, len(start))
+        if self._begin(head):
+            self._gather(start)
+            if self._state == _OPEN:
+                self._await_input()
 
     def _count(self, nbytes: int) -> bool:
         """More of the body is here. False: it was too much for all together, and the request is refused."""
@@ -235,7 +250,7 @@ class Connection(Shortcut, asyncio.Protocol):
             return False
         return True
 
-    def _gather(self, piece: bytes) -> None:
+    def _gather(self, piece: bytes | memoryview) -> None:
         if self._sink is not None:
             self._streamed += len(piece)
             self._sink.feed(piece)

@@ -4,8 +4,8 @@ Theory. A transport gives what it reads as new bytes objects; gathering a large 
 copies and, worse, fresh pages for each. While a body of known length has much left, the transport's protocol
 is therefore a `Fill`, a BufferedProtocol whose buffer is the body itself; when the last byte is in, the owner
 is put back. The buffer is an io.BytesIO around fresh bytes that nobody else has: written through getbuffer(),
-and given by getvalue() as bytes, which CPython does without a copy when no view is left. bytes(n) comes from
-calloc: untouched pages are not memory yet. Measured on uvloop: 0.3 ms instead of 1.7 for 1.4 MB.
+and given by getvalue() as bytes, which CPython does without a copy when no view is left. The bytes are not
+zeroed first, and untouched pages are not memory yet. Measured on uvloop: 0.3 ms instead of 1.7 for 1.4 MB.
 
 Invariants: room is at most _FIRST_STEP or _FACTOR times what has arrived, so that a length alone reserves
 little. The buffer never reaches past the body, so that nothing of a following message is read into it. The
@@ -18,7 +18,11 @@ import asyncio
 from io import BytesIO
 from typing import Protocol
 
-WORTH_FILLING = 131072
+from areal_fast.http._native import WORTH_FILLING
+from areal_fast.http._native import room as fresh_room
+
+__all__ = ["WORTH_FILLING", "Fill", "Owner"]
+
 _FIRST_STEP = 16 << 20
 _FACTOR = 16
 
@@ -45,7 +49,7 @@ class Fill(asyncio.BufferedProtocol):
     """Reads the rest of one body of `size` bytes that begins with `start`, from now on."""
 
     def __init__(
-        self, owner: Owner, transport: asyncio.Transport, start: bytes | bytearray, size: int
+        self, owner: Owner, transport: asyncio.Transport, start: bytes | bytearray | memoryview, size: int
     ) -> None:
         self._owner = owner
         self._transport = transport
@@ -61,7 +65,7 @@ class Fill(asyncio.BufferedProtocol):
         """Room for what the body needs, or _FACTOR times as much as there is. `start` is what has arrived."""
         room = max(_FIRST_STEP, _FACTOR * len(start))
         self._room = room = self._size if self._size <= room else room
-        body = BytesIO(bytes(room))
+        body = BytesIO(fresh_room(room))
         view = body.getbuffer()
         view[: len(start)] = start
         self._view.release()

@@ -31,7 +31,7 @@ class Sink(Protocol):
     """Nothing can be taken now. `when_ready` is called once that has changed, and not before it was set."""
     when_ready: Callable[[], None]
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """Bytes that came before the buffer was asked for; also while it waits."""
 
     def buffer(self) -> memoryview:

@@ -106,6 +106,13 @@ class _Parser:
         """Bytes of a counted body that are still to be fed, when all that was fed is consumed; else 0."""
         return self._left if self._state == _COUNTED and self._at == len(self._buffer) else 0
 
+    def read_elsewhere(self, size: int, have: int) -> None:
+        """To one that is fresh: a head, and `have` of its body's `size` bytes, were read past the parser, and
+        more are still to be fed."""
+        assert self._state == _HEAD and not self.buffered and have < size
+        self._begin_body(size, size)
+        self._left = size - have
+
     def skip_body(self) -> None:
         """The `counted_left` bytes were taken past the parser: END comes next."""
         assert self.counted_left

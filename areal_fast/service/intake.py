@@ -80,7 +80,7 @@ class RawIntake:
         return [entry.name if self._shard_id is None else self._shard_id for entry in self._entries]
 
     # -- what the connection calls ---------------------------------------------------------------------
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         self._left -= len(data)
         self._take(memoryview(data))
 

@@ -86,17 +86,17 @@ def _look(body: bytes) -> tuple[Described, memoryview]:
 def _without_data(body: bytes) -> tuple[Described, memoryview] | None:
     """The same without parsing the data, or None.
 
-    The text taken is what follows the first `"data":"` up to the next quote. That it is the value of the
-    body's own `data` follows: with that value emptied, the rest is parsed and says that `data` is `""`; there
-    is only one `"data"` in it and no backslash, so no other key or string can be meant. That the text is a
-    JSON string's content follows from its being base64, which the decoder checks; if it is not, the body is
-    looked at again as a whole."""
+    The text taken is what follows the first `"data":"` up to the first quote in the body's last _AROUND
+    bytes. That it is the value of the body's own `data` follows: with that value emptied, the rest is parsed
+    and says that `data` is `""`; there is only one `"data"` in it and no backslash, so no other key or string
+    can be meant. That the text is a JSON string's content, and no quote is in it, follows from its being
+    base64, which the decoder checks; if it is not, the body is looked at again as a whole."""
     found = _DATA.search(body, 0, _AROUND)
     if found is None:
         return None
     start = found.end()
-    end = body.find(b'"', start)
-    if end < 0 or len(body) - end > _AROUND:
+    end = body.find(b'"', max(start, len(body) - _AROUND))
+    if end < 0:
         return None
     around = body[:start] + body[end:]
     if b"\\" in around or around.count(b'"data"') != 1:

@@ -8,8 +8,11 @@ which never does.
 from __future__ import annotations
 
 import asyncio
+import random
 import re
+import zlib
 from collections.abc import Awaitable, Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from areal_fast.http import Exchange, Limits, Server
-from areal_fast.http._native import RequestHead, read_head, read_reply
+from areal_fast.http._native import WORTH_FILLING, RequestHead, read_head, read_reply
 from areal_fast.http.connection import Connection
 from areal_fast.http.head import _parse_reply_head, _parse_request_head
 from areal_fast.http.parser import END, ReplyParser
@@ -269,6 +272,108 @@ def test_usual_requests_take_the_short_way(monkeypatch: pytest.MonkeyPatch) -> N
     assert long == []
     asyncio.run(answers(at_once, [get() + get(), get(), post(b"x" * 201)]))
     assert len(long) == 2
+
+
+class Rewired(Sink):
+    """One that knows its protocol, as Fill and Intake change it."""
+
+    protocol: asyncio.BaseProtocol
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self.protocol = protocol
+
+    def carry(self, data: bytes) -> None:
+        while data:
+            if isinstance(self.protocol, asyncio.BufferedProtocol):
+                view = memoryview(self.protocol.get_buffer(len(data)))  # type: ignore[arg-type]
+                took = min(len(view), len(data))
+                view[:took] = data[:took]
+                view.release()
+                self.protocol.buffer_updated(took)
+            else:
+                assert isinstance(self.protocol, asyncio.Protocol)
+                took = len(data)
+                self.protocol.data_received(data)
+            data = data[took:]
+
+
+class Summing:
+    """A sink of bodies: their length and last byte."""
+
+    waiting = False
+    when_ready = staticmethod(lambda: None)
+
+    def __init__(self) -> None:
+        self.seen = bytearray()
+        self._room = memoryview(bytearray(40_000))
+
+    def feed(self, data: bytes | memoryview) -> None:
+        self.seen += data
+
+    def buffer(self) -> memoryview:
+        return self._room
+
+    def took(self, nbytes: int) -> None:
+        self.seen += self._room[:nbytes]
+
+    def drop(self) -> None: ...
+
+
+async def carried(pieces: list[bytes], limits: Limits, *, to_sinks: bool) -> tuple[bytes, tuple[Any, ...]]:
+    """As `answers`, of bodies large enough to be read past the parser; and how many began past it, too."""
+
+    def handler(exchange: Exchange) -> None:
+        body = exchange.sink.seen if isinstance(exchange.sink, Summing) else exchange.body
+        exchange.respond(200, b"%s %d %d" % (exchange.path.encode(), len(body), zlib.crc32(body)))
+
+    server = Server(handler, limits, sinks=(lambda head: Summing()) if to_sinks else None)
+    server._loop = asyncio.get_running_loop()
+    connection, sink = Connection(server, ("127.0.0.1", 1)), Rewired()
+    sink.protocol = connection
+    connection.connection_made(sink)
+    for piece in pieces:
+        sink.carry(piece)
+    rest = connection._clean or connection._state != 0
+    state = (connection.idle, rest, connection.due > 0, connection._state, server.body_bytes, server.refused)
+    server.wheel.stop()
+    return re.sub(rb"date: [^\r]*", b"date:", bytes(sink.written)), state
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(WORTH_FILLING, 3 * WORTH_FILLING),
+    st.integers(0, 3 * WORTH_FILLING),
+    st.integers(1, 3 * WORTH_FILLING),
+    st.sampled_from([1 << 20, 2 * WORTH_FILLING]),
+    st.sampled_from([1 << 20, 2 * WORTH_FILLING]),
+    st.booleans(),
+)
+def test_a_large_body_is_the_same_however_it_begins(
+    size: int, start: int, more: int, most: int, together: int, to_sinks: bool
+) -> None:
+    limits = Limits(max_body_bytes=most, max_bodies_bytes=together)
+    message = post(random.Random(size).randbytes(size))
+    head = message.index(b"\r\n\r\n") + 4
+    begun: list[int] = []
+    whole = Connection._begun
+
+    def noted(self: Connection, head: RequestHead, start: memoryview) -> None:
+        begun.append(len(start))
+        whole(self, head, start)
+
+    def cut(*places: int) -> list[bytes]:
+        cuts = [0, *(place for place in places if place < len(message)), len(message)]
+        return [*(message[a:b] for a, b in pairwise(cuts)), get("/next")]
+
+    async def both() -> None:
+        by_parser = await carried(cut(5, head), limits, to_sinks=to_sinks)
+        assert not begun
+        assert await carried(cut(head + start, head + start + more), limits, to_sinks=to_sinks) == by_parser
+        assert bool(begun) == (size <= most and size - start > WORTH_FILLING)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Connection, "_begun", noted)
+        asyncio.run(both())
 
 
 @pytest.mark.parametrize("lost", [False, True])
