@@ -1,9 +1,9 @@
 """Builds the extensions: the Cython edge with the whole C core in a single shared object; the device pool's
 edge over csrc/cuda.c, which only the keeper and its clients import; and those that know no arena: rows of
 tokens, messages of a chat, replies, and the short way of a request through the HTTP server. Each exports
-nothing but its module init. areal_fast.pth goes beside the package, not into it, in wheels and editable installs alike:
-with it AREAL_FAST=1 works without an import (areal_fast/integrations/autostart.py). Everything else about the
-package is in pyproject.toml.
+nothing but its module init. areal_fast.pth goes beside the package, not into it, in wheels and editable
+installs alike: with it AREAL_FAST=1 works without an import (areal_fast/integrations/autostart.py).
+Everything else about the package is in pyproject.toml.
 
 Environment, read at build time only:
   AREAL_FAST_SANITIZE=address|undefined|thread   an instrumented build (run under the matching LD_PRELOAD)

@@ -4,8 +4,9 @@ from typing import final
 
 @final
 class Form:
-    """What stands around the members that change: nine pieces, around the interaction's id, the finish_reason,
-    the content, the tool calls, the time, and the tokens of the answer, the prompt and both."""
+    """What stands around the members that change: nine pieces, around the interaction's id, the
+    finish_reason, the content, the tool calls, the time, and the tokens of the answer, the prompt and
+    both."""
 
     def __new__(cls, *pieces: bytes) -> Form:
         """BadArgument: not nine of bytes."""
