@@ -1,6 +1,4 @@
-/* json_string.h: text as a JSON string, and back. No arena, no allocation, no I/O.
- *
- * areal_fast/core/_replies.pyx and _messages.pyx are the edges. */
+/* json_string.h: text as a JSON string. No arena, no allocation, no I/O. areal_fast/core/_replies.pyx is the edge. */
 #ifndef AREALFAST_JSON_STRING_H
 #define AREALFAST_JSON_STRING_H
 
