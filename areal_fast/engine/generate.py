@@ -88,9 +88,7 @@ class Adapter(Protocol):
 
     name: str
 
-    def generate(
-        self, prompt_json: bytes, sampling: Sampling, max_new_tokens: int, *, stream: bool
-    ) -> Call: ...
+    def generate(self, prompt: bytes, sampling: Sampling, max_new_tokens: int, *, stream: bool) -> Call: ...
 
     def continues(self, sampling: Sampling) -> bool: ...
 
@@ -170,33 +168,50 @@ class Engine:
 
         Raises EngineUnreachable, EngineTimeout, EngineError; then nothing may be recorded.
         """
-        prompt_json = as_prompt(prompt).json
+        data = as_prompt(prompt).data
+        if (
+            on_tokens is not None
+            or routed is not None
+            or self._state.paused()
+            or sampling.max_new_tokens <= 0
+        ):
+            return await self._to_the_end(data, sampling, on_tokens, routed, None)
+        # most generations are one attempt
+        version = self._state.version()
+        call = self._adapter.generate(data, sampling, sampling.max_new_tokens, stream=False)
+        attempt = self._adapter.parse(await self.call(call, timeout_s=self._timeout_s))
+        if attempt.stop in _FINAL:
+            runs = [VersionRun(version, len(attempt.ids))] if attempt.ids else []
+            return Generation(attempt.ids, attempt.logprobs, runs, attempt.stop, 1)
+        return await self._to_the_end(data, sampling, None, None, (version, attempt))
+
+    async def _to_the_end(
+        self,
+        prompt: bytes,
+        sampling: Sampling,
+        on_tokens: Callable[[list[int]], None] | None,
+        routed: Receiver | None,
+        first: tuple[int, Attempt] | None,
+    ) -> Generation:
+        """Attempts until one is final; `first`: the one that was made already, and its weights' version."""
         ids = array("i")
         logprobs = array("f")
         runs: list[VersionRun] = []
         stop = "length"
         attempts = 0
         while attempts < MAX_ATTEMPTS and len(ids) < sampling.max_new_tokens:
-            while self._state.paused():
-                await asyncio.sleep(PAUSE_POLL_S)
-            if ids and not self._adapter.continues(sampling):
-                if on_tokens is not None:
-                    raise EngineError("Engine was interrupted in an answer that it cannot continue")
-                del ids[:], logprobs[:], runs[:]
-            version = self._state.version()
             attempts += 1
-            call = self._adapter.generate(
-                _continued(prompt_json, ids),
-                sampling,
-                sampling.max_new_tokens - len(ids),
-                stream=on_tokens is not None,
-            )
-            if on_tokens is not None:
-                attempt = await self._streamed(call, on_tokens, routed)
-            elif routed is not None:
-                attempt = await self._received(call, routed)
+            if first is not None:
+                (version, attempt), first = first, None
             else:
-                attempt = self._adapter.parse(await self.call(call, timeout_s=self._timeout_s))
+                while self._state.paused():
+                    await asyncio.sleep(PAUSE_POLL_S)
+                if ids and not self._adapter.continues(sampling):
+                    if on_tokens is not None:
+                        raise EngineError("Engine was interrupted in an answer that it cannot continue")
+                    del ids[:], logprobs[:], runs[:]
+                version = self._state.version()
+                attempt = await self._attempt(prompt + ids.tobytes(), len(ids), sampling, on_tokens, routed)
             if attempt.ids:
                 if ids:
                     ids.extend(attempt.ids)
@@ -210,18 +225,29 @@ class Engine:
             if not attempt.ids:
                 # interrupted before it began: whoever did it is about to say so in the shared words
                 await asyncio.sleep(PAUSE_POLL_S)
-        return Generation(
-            output_ids=ids,
-            logprobs=logprobs,
-            version_runs=runs,
-            stop_reason=stop,
-            attempts=attempts,
-        )
+        return Generation(ids, logprobs, runs, stop, attempts)
+
+    async def _attempt(
+        self,
+        prompt: bytes,
+        done: int,
+        sampling: Sampling,
+        on_tokens: Callable[[list[int]], None] | None,
+        routed: Receiver | None,
+    ) -> Attempt:
+        """One call. `prompt` ends with the `done` tokens of the answer that are there already."""
+        left = sampling.max_new_tokens - done
+        call = self._adapter.generate(prompt, sampling, left, stream=on_tokens is not None)
+        if on_tokens is not None:
+            return await self._streamed(call, on_tokens, routed)
+        if routed is not None:
+            return await self._received(call, routed)
+        return self._adapter.parse(await self.call(call, timeout_s=self._timeout_s))
 
     async def _received(self, call: Call, routed: Receiver) -> Attempt:
         """A whole answer whose routed experts go to the receiver while it arrives."""
         parts: list[bytes] = []
-        with self._faults(self._timeout_s):
+        try:
             reply = await self._client.stream("POST", call.path, call.body, timeout_s=self._timeout_s)
             try:
                 inlet = _Inlet(reply, routed)
@@ -229,6 +255,8 @@ class Engine:
                     parts.append(part)
             finally:
                 reply.close()
+        except (Timeout, ConnectFailed, BrokenReply) as error:
+            raise self._fault(error, self._timeout_s) from error
         body = b"".join(parts)
         if reply.status >= 300:
             raise _refused(reply.status, body)
@@ -242,7 +270,7 @@ class Engine:
         reader = self._adapter.read_stream()
         splitter = EventSplitter()
         inlet: _Inlet | None = None
-        with self._faults(self._timeout_s):
+        try:
             reply = await self._client.stream("POST", call.path, call.body, timeout_s=self._timeout_s)
             try:
                 if reply.status >= 300:
@@ -263,6 +291,8 @@ class Engine:
                 raise EngineError(f"Engine sent {error}") from error
             finally:
                 reply.close()
+        except (Timeout, ConnectFailed, BrokenReply) as error:
+            raise self._fault(error, self._timeout_s) from error
         attempt = reader.end()
         if inlet is not None:
             await inlet.end(attempt)
@@ -287,14 +317,21 @@ class Engine:
 
     async def call(self, call: Call, *, timeout_s: float) -> bytes:
         """POST to the engine; its answer's body. Raises EngineFault."""
-        with self._faults(timeout_s):
+        try:
             reply = await self._client.request("POST", call.path, call.body, timeout_s=timeout_s)
+        except (Timeout, ConnectFailed, BrokenReply) as error:
+            raise self._fault(error, timeout_s) from error
         if reply.status >= 300:
             raise _refused(reply.status, reply.body)
         return reply.body
 
-    def _faults(self, timeout_s: float) -> _Faults:
-        return _Faults(self.address, timeout_s)
+    def _fault(self, error: Timeout | ConnectFailed | BrokenReply, timeout_s: float) -> EngineFault:
+        """What the HTTP client's error is here."""
+        if isinstance(error, Timeout):
+            return EngineTimeout(f"Engine {self.address} did not answer within {timeout_s:g} s")
+        if isinstance(error, ConnectFailed):
+            return EngineUnreachable(f"Cannot reach engine {self.address}: {error}")
+        return EngineUnreachable(f"Engine {self.address} broke off: {error}")
 
 
 class _Inlet:
@@ -332,33 +369,6 @@ class _Inlet:
             await self._routed.end(attempt.prompt_tokens, attempt.completion_tokens)
         except ValueError as error:
             raise EngineError(f"Engine sent routed experts that do not fit: {error}") from error
-
-
-class _Faults:
-    """Turns the HTTP client's errors into EngineFaults."""
-
-    def __init__(self, address: str, timeout_s: float) -> None:
-        self._address = address
-        self._timeout_s = timeout_s
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Timeout):
-            raise EngineTimeout(
-                f"Engine {self._address} did not answer within {self._timeout_s:g} s"
-            ) from error
-        if isinstance(error, ConnectFailed):
-            raise EngineUnreachable(f"Cannot reach engine {self._address}: {error}") from error
-        if isinstance(error, BrokenReply):
-            raise EngineUnreachable(f"Engine {self._address} broke off: {error}") from error
-
-
-def _continued(prompt_json: bytes, ids: array[int]) -> bytes:
-    if not ids:
-        return prompt_json
-    return prompt_json + (b"," if prompt_json else b"") + Prompt.of(ids).json
 
 
 def _add_run(runs: list[VersionRun], version: int, tokens: int) -> None:
