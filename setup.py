@@ -1,9 +1,9 @@
 """Builds the extensions: the Cython edge with the whole C core in a single shared object; the device pool's
-edge over csrc/cuda.c, which only the keeper and its clients import; and those that know no arena: rows of
-tokens, messages of a chat, and the short way of a request through the HTTP server. Each exports nothing but
-its module init. areal_fast.pth goes beside the package, not into it, in wheels and editable installs alike:
-with it AREAL_FAST=1 works without an import (areal_fast/integrations/autostart.py). Everything else about the
-package is in pyproject.toml.
+edge over csrc/cuda.c, which only the keeper and its clients import; and those that touch no arena: rows of
+tokens, messages of a chat, the short way of a request through the HTTP server, and folds of sessions. Each
+exports nothing but its module init. areal_fast.pth goes beside the package, not into it, in wheels and
+editable installs alike: with it AREAL_FAST=1 works without an import (areal_fast/integrations/autostart.py).
+Everything else about the package is in pyproject.toml.
 
 Environment, read at build time only:
   AREAL_FAST_SANITIZE=address|undefined|thread   an instrumented build (run under the matching LD_PRELOAD)
@@ -79,8 +79,10 @@ APART = {
     "core._tokens": "csrc/tokens.c",
     "core._messages": "csrc/messages.c",
     "http._native": "csrc/http_head.c",
+    "protocol._fold": None,
+    "store._folds": None,
 }
-"""Extensions of one C file each, which is not part of the core."""
+"""Extensions beside the core, each with the one C file it has to itself, if any."""
 LIBRARIES = {"core._cuda": ["dl"]}  # where dlopen lives before glibc 2.34
 
 
@@ -89,7 +91,11 @@ def extension(name, sources, **more):
     return Extension(
         f"areal_fast.{name}",
         sources=[f"areal_fast/{package}/{module}.pyx", *sources],
-        depends=[*glob(f"areal_fast/{package}/*.px[di]"), *sorted(glob("csrc/*.h"))],
+        depends=[
+            *glob(f"areal_fast/{package}/*.px[di]"),
+            *glob("areal_fast/protocol/*.pxd"),
+            *sorted(glob("csrc/*.h")),
+        ],
         include_dirs=["csrc"],
         undef_macros=["NDEBUG"] if sanitize or crash_points else [],
         define_macros=[("AF_CRASH_POINTS", "1")] if crash_points else [],
@@ -102,7 +108,10 @@ def extension(name, sources, **more):
 core = extension(
     "core._core", [source for source in sorted(glob("csrc/*.c")) if source not in APART.values()]
 )
-others = [extension(name, [source], libraries=LIBRARIES.get(name, [])) for name, source in APART.items()]
+others = [
+    extension(name, [source] if source else [], libraries=LIBRARIES.get(name, []))
+    for name, source in APART.items()
+]
 
 setup(
     ext_modules=cythonize([core, *others], compiler_directives={"language_level": "3"}),
