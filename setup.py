@@ -1,8 +1,9 @@
 """Builds the extensions: the Cython edge with the whole C core in a single shared object; the device pool's
-edge over csrc/cuda.c, which only the keeper and its clients import; and those that know no arena: rows of
-tokens, messages of a chat, replies, and the short way of a request through the HTTP server. Each exports
-nothing but its module init. areal_fast.pth goes beside the package, not into it, in wheels and editable
-installs alike: with it AREAL_FAST=1 works without an import (areal_fast/integrations/autostart.py).
+edge over csrc/cuda.c, which only the keeper and its clients import; and those that touch no arena: rows of
+tokens, messages of a chat, byte pairs, replies, the short way of a request through HTTP, and folds of
+sessions. Each exports nothing but its module init. areal_fast.pth goes beside the package, not into it, in
+wheels and editable installs alike: with it AREAL_FAST=1 works without an import
+(areal_fast/integrations/autostart.py).
 Everything else about the package is in pyproject.toml.
 
 Environment, read at build time only:
@@ -81,8 +82,10 @@ APART = {
     "core._bpe": "csrc/bpe.c",
     "core._replies": None,
     "http._native": "csrc/http_head.c",
+    "protocol._fold": None,
+    "store._folds": None,
 }
-"""Extensions of one C file each, or of headers alone, which is not part of the core."""
+"""Extensions beside the core, each with the one C file it has to itself, if any."""
 LIBRARIES = {"core._cuda": ["dl"]}  # where dlopen lives before glibc 2.34
 
 
@@ -91,7 +94,11 @@ def extension(name, sources, **more):
     return Extension(
         f"areal_fast.{name}",
         sources=[f"areal_fast/{package}/{module}.pyx", *sources],
-        depends=[*glob(f"areal_fast/{package}/*.px[di]"), *sorted(glob("csrc/*.h"))],
+        depends=[
+            *glob(f"areal_fast/{package}/*.px[di]"),
+            *glob("areal_fast/protocol/*.pxd"),
+            *sorted(glob("csrc/*.h")),
+        ],
         include_dirs=["csrc"],
         undef_macros=["NDEBUG"] if sanitize or crash_points else [],
         define_macros=[("AF_CRASH_POINTS", "1")] if crash_points else [],

@@ -6,6 +6,7 @@ immutable; a session's state is the fold of its log (sessions.py). Numbers are l
   type          meta                                                   data
   CHECKPOINT    msgpack Checkpoint                                     -
   INTERACTION   header ‖ runs ‖ id ‖ stop ‖ hashes ‖ routed ‖ extra   new ids int32 ‖ log-probs float32
+                (packed, and read, by _fold.pyx: `Head` is the header)
   REWARD        trajectory, ordinal, value, deadline, courier          -
   READY         trajectory, courier                                    -
   EXPORTING     msgpack Exporting (aux: txn word, flag REMOVE)         -
@@ -28,7 +29,6 @@ NO_COURIER if there is nothing to tell, or nothing any more. A CALLBACK record c
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -48,9 +48,6 @@ NO_REF = 0xFFFFFFFF
 UNCLAIMED = 0
 NO_COURIER = (1 << 64) - 1
 
-_HEAD = struct.Struct("<IIIIIIIHBBBBH")
-_ROUTED = struct.Struct("<I")
-_RUN = struct.Struct("<qI")
 _REWARD = struct.Struct("<IIdQQ")
 _READY = struct.Struct("<IQ")
 _SENT = struct.Struct("<IIB")
@@ -87,78 +84,6 @@ class InteractionMeta(NamedTuple):
     @property
     def new_ids(self) -> int:
         return self.prompt_len - self.shared + self.output_len
-
-
-def pack_interaction(m: InteractionMeta) -> bytes:
-    """Meta bytes of an INTERACTION record."""
-    iid = m.interaction_id.encode()
-    stop = m.stop_reason.encode()
-    routed = b"" if m.routed is None else _ROUTED.pack(m.routed.width) + m.routed.name
-    return b"".join(
-        (
-            _HEAD.pack(
-                m.ordinal,
-                m.trajectory,
-                m.ref,
-                m.shared,
-                m.prompt_len,
-                m.output_len,
-                m.parent,
-                len(m.version_runs),
-                len(iid),
-                len(stop),
-                len(m.messages_hash),
-                len(routed),
-                len(m.body_hash),
-            ),
-            *(_RUN.pack(version, count) for version, count in m.version_runs),
-            iid,
-            stop,
-            m.messages_hash,
-            m.body_hash,
-            routed,
-            m.extra,
-        )
-    )
-
-
-def unpack_interaction(meta: bytes) -> InteractionMeta:
-    """Inverse of pack_interaction."""
-    ordinal, traj, ref, shared, plen, olen, parent, nruns, nid, nstop, nmsg, nrouted, nbody = (
-        _HEAD.unpack_from(meta)
-    )
-    at = _HEAD.size
-    runs = tuple(_RUN.unpack_from(meta, at + i * _RUN.size) for i in range(nruns))
-    at += nruns * _RUN.size
-    iid = meta[at : at + nid].decode()
-    at += nid
-    stop = meta[at : at + nstop].decode()
-    at += nstop
-    messages_hash = meta[at : at + nmsg]
-    at += nmsg
-    body_hash = meta[at : at + nbody]
-    at += nbody
-    routed = None
-    if nrouted:
-        routed = Routed(meta[at + _ROUTED.size : at + nrouted], _ROUTED.unpack_from(meta, at)[0])
-        at += nrouted
-    return InteractionMeta(
-        ordinal, traj, ref, shared, plen, olen, iid, stop, runs, messages_hash, body_hash, meta[at:], parent,
-        routed,
-    )  # fmt: skip
-
-
-def merge_runs(versions: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """(version, count) runs without empty ones, neighbours of one version joined."""
-    out: list[tuple[int, int]] = []
-    for version, count in versions:
-        if count <= 0:
-            continue
-        if out and out[-1][0] == version:
-            out[-1] = (version, out[-1][1] + count)
-        else:
-            out.append((version, count))
-    return tuple(out)
 
 
 def courier_word(proc: int, incarnation: int) -> int:

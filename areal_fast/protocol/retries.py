@@ -16,8 +16,6 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from areal_fast.protocol.records import NO_COURIER
-
 UNKNOWN, LOST, ARRIVED = range(3)
 _PROCESS = struct.Struct("<Q")
 
@@ -30,17 +28,3 @@ class Asked(NamedTuple):
 
     def pack(self, process: int) -> bytes:
         return self.body + _PROCESS.pack(process) + self.key
-
-
-def unpack(body_hash: bytes) -> tuple[Asked, int]:
-    """(what was asked, the process that recorded it) of a record; nobody's if it has none."""
-    if len(body_hash) < 24:
-        return Asked(b""), NO_COURIER
-    return Asked(body_hash[:16], body_hash[24:]), _PROCESS.unpack_from(body_hash, 16)[0]
-
-
-def told_by(body_hash: bytes) -> tuple[bytes, ...]:
-    """The fingerprints in a record's `body_hash`: of the body, and of the key if there was one."""
-    if len(body_hash) <= 24:
-        return (body_hash[:16],) if len(body_hash) == 24 else ()
-    return body_hash[:16], body_hash[24:]

@@ -98,7 +98,7 @@ class Admin:
             **_common(info.id, "active", info.created_ns, info.touched_ns, info.nbytes, self._store.now_ns()),
             "requests": info.ordinal,
             "interactions": state.interaction_count(),
-            "ready": len(state.ready),
+            "ready": state.ready_count,
             "in_use": bool(pins),
         }
 

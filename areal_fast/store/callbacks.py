@@ -32,9 +32,8 @@ def look(store: SessionStore, told: Told) -> Verdict:
     if not _pin(store, told):
         return "over"
     try:
-        state = store.fold(told.slot, told.session_id).state
-        trajectory = state.ready.get(told.trajectory_id)
-        if trajectory is None or trajectory.courier != store.courier:
+        state = store.fold(told.slot, told.session_id)
+        if dict(state.untold()).get(told.trajectory_id, rec.NO_COURIER) != store.courier:
             store.settle_hint(told.slot)
             return "over"
         return (
@@ -78,19 +77,19 @@ def adopt(store: SessionStore) -> list[Told]:
 def _adopt_from(store: SessionStore, slot: int) -> list[Told]:
     info = store.arena.slot_info(slot)
     session_id = info.id.decode()
-    state = store.fold(slot, session_id).state
+    state = store.fold(slot, session_id)
     found: list[Told] = []
-    for trajectory in list(state.untold()):
-        if trajectory.courier != store.courier:
-            if lives(store.arena, trajectory.courier):
+    for index, courier in state.untold():
+        if courier != store.courier:
+            if lives(store.arena, courier):
                 continue
-            meta = rec.pack_callback(trajectory.index, store.courier)
+            meta = rec.pack_callback(index, store.courier)
             try:
                 store.arena.append(slot, rec.CALLBACK, meta, expect=state.head, critical=True)
             except (HeadMoved, Gone):
                 break  # something happened: the next look sees it
-            state = store.fold(slot, session_id).state
-        found.append(Told(session_id, trajectory.index, slot, info.created_ns))
+            state = store.fold(slot, session_id)
+        found.append(Told(session_id, index, slot, info.created_ns))
     store.settle_hint(slot)
     return found
 

@@ -32,9 +32,9 @@ from areal_fast.core import (
 )
 from areal_fast.protocol import names
 from areal_fast.protocol import records as rec
+from areal_fast.protocol.sessions import SessionState
 from areal_fast.shards import routed
 from areal_fast.store.dump import DumpDir, Part, Step, part_json, parts_of
-from areal_fast.store.folds import Fold
 
 if TYPE_CHECKING:
     from areal_fast.store.store import SessionStore
@@ -157,12 +157,12 @@ class Cleaner:
             if arena.slot_info(slot).touched_ns >= cutoff_ns or not arena.pin_slot(slot):
                 continue
             try:
-                empty = store.folds.refresh(slot).state.is_empty
+                empty = store.folds.refresh(slot).is_empty
             finally:
                 arena.unpin(slot)
             if not empty:
                 report.kept += 1
-            elif arena.detach(slot, cutoff_ns) and store.folds.refresh(slot).state.is_empty:
+            elif arena.detach(slot, cutoff_ns) and store.folds.refresh(slot).is_empty:
                 yield slot
                 # else: used in between; it stays detached and is dumped once there is a path
 
@@ -183,7 +183,7 @@ class Cleaner:
                 continue
             try:
                 session_id = _session_id(store, slot)
-                state = store.fold(slot, session_id).state
+                state = store.fold(slot, session_id)
                 if not state.is_empty:
                     found.append((state.has_ready, state.interaction_count(), slot, session_id))
             finally:
@@ -199,7 +199,7 @@ class Cleaner:
         before = len(report.files)
         try:
             fold = self._settled(slot)
-            count = fold.state.interaction_count()
+            count = fold.interaction_count()
             if directory.path is None:
                 if count and not directory.may_drop:
                     report.kept += 1
@@ -210,7 +210,7 @@ class Cleaner:
                 report.interactions += count
             store.arena.set_dumped(slot)
             self.on_step("dumped")
-            routed.drop(store.arena, fold.state.routed())
+            routed.drop(store.arena, fold.routed())
         except Exception as exc:
             report.failures.append(CleanupFailure(session_id, f"{type(exc).__name__}: {exc}"))
             _, delay_ns = self._backoff.get(slot, (0, 0))
@@ -221,22 +221,22 @@ class Cleaner:
         self._reap(slot, report)
         self.on_freed(session_id, count, report.files[before:])
 
-    def _settled(self, slot: int) -> Fold:
+    def _settled(self, slot: int) -> SessionState:
         """The fold to dump. A reward whose timeout has passed makes its trajectory ready first, by a record,
         so that every try sees the same; once names are chosen nothing is added but names."""
         store = self._store
         fold = store.folds.refresh(slot)
-        if fold.state.dump_names is None and fold.state.is_due(store.now_ns()):
-            ready = rec.pack_ready(fold.state.active.index, store.courier)
-            store.arena.append(slot, rec.READY, ready, expect=fold.state.head, critical=True)
+        if fold.dump_names is None and fold.is_due(store.now_ns()):
+            ready = rec.pack_ready(fold.active_index, store.courier)
+            store.arena.append(slot, rec.READY, ready, expect=fold.head, critical=True)
             fold = store.folds.refresh(slot)
         return fold
 
     def _dump(
-        self, slot: int, session_id: str, fold: Fold, directory: DumpDir, report: CleanupReport
+        self, slot: int, session_id: str, fold: SessionState, directory: DumpDir, report: CleanupReport
     ) -> None:
-        parts = parts_of(fold.state)
-        earlier = fold.state.dump_names
+        parts = parts_of(fold)
+        earlier = fold.dump_names
         token = earlier.token if earlier else secrets.token_hex(8)
         chosen = dict(earlier.names) if earlier else {}
         if not earlier:
@@ -262,14 +262,16 @@ class Cleaner:
         self.on_step("directory")
         report.files += written
 
-    def _json(self, slot: int, fold: Fold, part: Part) -> Iterator[bytes]:
+    def _json(self, slot: int, fold: SessionState, part: Part) -> Iterator[bytes]:
         return part_json(self._store.folds, slot, fold, part)
 
-    def _record_names(self, slot: int, fold: Fold, token: str, chosen: dict[int, str]) -> Fold:
+    def _record_names(
+        self, slot: int, fold: SessionState, token: str, chosen: dict[int, str]
+    ) -> SessionState:
         store = self._store
         meta = rec.pack(rec.DumpNames(token, sorted(chosen.items())))
         try:
-            store.arena.append(slot, rec.DUMP_NAMES, meta, expect=fold.state.head, critical=True)
+            store.arena.append(slot, rec.DUMP_NAMES, meta, expect=fold.head, critical=True)
         except HeadMoved:
             raise RuntimeError("the log of a detached session has moved") from None
         self.on_step("named")

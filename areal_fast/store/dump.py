@@ -22,12 +22,12 @@ import numpy as np
 
 from areal_fast.core import base64_encode
 from areal_fast.protocol.export import DTYPES, NAMES, Row, discounted, row_array
-from areal_fast.protocol.sessions import Interaction, SessionState, Trajectory
+from areal_fast.protocol.sessions import Interaction, SessionState
 from areal_fast.protocol.wire import FloatArray, IntArray
 from areal_fast.shards.outgoing import STEP_BYTES
 from areal_fast.shards.routed import view_of
 from areal_fast.store.exporting import number_json
-from areal_fast.store.folds import Fold, FoldCache
+from areal_fast.store.folds import FoldCache
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -42,29 +42,28 @@ class Part(NamedTuple):
     """One file's worth of a session: trajectory −1 is what is active, with what came late before it."""
 
     trajectory: int
-    groups: list[Trajectory]
+    groups: list[list[Interaction]]
 
 
 def parts_of(state: SessionState) -> list[Part]:
     """The files a session needs; none if it keeps nothing. Rewards are discounted within each group."""
-    parts = [Part(index, [state.ready[index]]) for index in sorted(state.ready)]
-    rest: dict[int, Trajectory] = {}
-    for interaction in state.late.values():
-        group = rest.setdefault(interaction.trajectory, Trajectory(interaction.trajectory))
-        group.interactions[interaction.ordinal] = interaction
+    ready = state.ready
+    parts = [Part(index, [ready[index].in_order()]) for index in sorted(ready)]
+    rest: dict[int, list[Interaction]] = {}
+    for _, interaction in sorted(state.late.items()):
+        rest.setdefault(interaction.trajectory, []).append(interaction)
     groups = [rest[index] for index in sorted(rest)]
-    if state.active.interactions:
-        groups.append(state.active)
+    if state.active_count:
+        groups.append(state.active.in_order())
     if groups:
         parts.append(Part(-1, groups))
     return parts
 
 
-def part_json(folds: FoldCache, slot: int, fold: Fold, part: Part) -> Iterator[bytes]:
+def part_json(folds: FoldCache, slot: int, fold: SessionState, part: Part) -> Iterator[bytes]:
     """The file's bytes, in pieces. The same log gives the same bytes."""
     lead = b"{"
-    for group in part.groups:
-        interactions = group.in_order()
+    for interactions in part.groups:
         for interaction, reward in zip(
             interactions, discounted([i.reward for i in interactions], 1.0), strict=True
         ):
@@ -73,7 +72,7 @@ def part_json(folds: FoldCache, slot: int, fold: Fold, part: Part) -> Iterator[b
             if interaction.meta is None:
                 yield from _messages(folds.data_of(slot, fold, interaction), interaction.messages_size)
             else:
-                yield from _tensors(folds, slot, fold, group, interaction, reward)
+                yield from _tensors(folds, slot, fold, interaction, reward)
             yield b', "reward": ' + number_json(reward) + b', "interaction_id": ' + iid + b"}"
             lead = b", "
     yield b"}"
@@ -88,11 +87,11 @@ def _messages(data: bytes, messages_size: int) -> Iterator[bytes]:
 
 
 def _tensors(
-    folds: FoldCache, slot: int, fold: Fold, group: Trajectory, interaction: Interaction, reward: float
+    folds: FoldCache, slot: int, fold: SessionState, interaction: Interaction, reward: float
 ) -> Iterator[bytes]:
     m = interaction.meta
     assert m is not None
-    ids: IntArray = folds.full_ids(slot, fold, group, interaction.ordinal)
+    ids: IntArray = folds.full_ids(slot, fold, interaction.ordinal)
     logprobs: FloatArray = np.frombuffer(
         folds.data_of(slot, fold, interaction), "<f4", m.output_len, 4 * m.new_ids
     )

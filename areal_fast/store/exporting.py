@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -39,7 +39,7 @@ from areal_fast.errors import (
 from areal_fast.protocol import records as rec
 from areal_fast.protocol.export import NAMES, Row, Rows, discounted, leaves, lineage, row_of
 from areal_fast.protocol.messages import ExportRequest
-from areal_fast.protocol.sessions import FLAG_REMOVE, Interaction, Trajectory
+from areal_fast.protocol.sessions import FLAG_REMOVE, Interaction
 from areal_fast.shards.bundles import BundleMeta, new_bundle_id
 from areal_fast.store.session import Session
 
@@ -50,10 +50,12 @@ MAX_BUNDLE_PARTS = 1 << 16
 
 
 class _Taken(NamedTuple):
-    """One session of an export. trajectory None: nothing of it is exported."""
+    """One session of an export: the trajectory that it gives, and the ordinals in it; None and none if
+    nothing of it is exported."""
 
     session: Session
-    trajectory: Trajectory | None
+    trajectory: int | None
+    ordinals: Sequence[int] = ()
 
 
 class _Item(NamedTuple):
@@ -164,8 +166,8 @@ def _take(
     hash."""
     while True:
         now_ns = store.now_ns()
-        state = store.fold(session.slot, session.session_id).state
-        trajectory: Trajectory | None
+        state = store.fold(session.slot, session.session_id)
+        trajectory: int | None
         try:
             trajectory = state.exportable(session.session_id, request.trajectory_id, asked, now_ns)
         except (NoReadyTrajectories, TrajectoryNotFound):
@@ -183,7 +185,8 @@ def _take(
             if remove:
                 raise ExportBusy
             return _Taken(session, None)
-        index = -1 if trajectory is None else trajectory.index
+        index = -1 if trajectory is None else trajectory
+        ordinals = () if trajectory is None else state.ordinals(trajectory)
         try:
             store.arena.append(
                 session.slot,
@@ -200,7 +203,7 @@ def _take(
             if request.dialect == "pr1268":
                 raise SessionNotFound(session.session_id) from None
             return _Taken(session, None)
-        return _Taken(session, trajectory)
+        return _Taken(session, trajectory, ordinals)
 
 
 def _collect(store: SessionStore, request: ExportRequest, taken: list[_Taken]) -> list[_Item]:
@@ -212,14 +215,12 @@ def _collect(store: SessionStore, request: ExportRequest, taken: list[_Taken]) -
     for t in taken:
         if t.trajectory is None:
             continue
-        ordinals = sorted(t.trajectory.interactions)
-        index = t.trajectory.index
         while True:
             fold = store.folds.refresh(t.session.slot)
-            members = fold.state.ready[index].interactions
+            members = fold.interactions(t.trajectory)
             try:
                 found = [
-                    (members[k], _data(store, t.session.slot, fold.state.head, members[k])) for k in ordinals
+                    (members[k], store.folds.data_of(t.session.slot, fold, members[k])) for k in t.ordinals
                 ]
                 break
             except Trimmed:
@@ -230,10 +231,6 @@ def _collect(store: SessionStore, request: ExportRequest, taken: list[_Taken]) -
             for (i, data), r in zip(found, rewards, strict=True)
         ]
     return items
-
-
-def _data(store: SessionStore, slot: int, head: int, interaction: Interaction) -> bytes:
-    return store.arena.record_data(slot, head, interaction.offset)
 
 
 def _reply(store: SessionStore, request: ExportRequest, items: list[_Item], bundles: list[str]) -> bytes:

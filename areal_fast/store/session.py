@@ -28,14 +28,12 @@ from areal_fast.protocol.sessions import SessionState
 from areal_fast.protocol.wire import IntArray
 from areal_fast.shards.routed import RoutedIntake
 from areal_fast.store.couriers import lives
-from areal_fast.store.folds import Fold, shared_ids
 
 if TYPE_CHECKING:
     from areal_fast.store.store import SessionStore
 
 BYTES_PER_TOKEN = 8
 RECORD_SLACK_BYTES = 512
-MIN_SHARED_IDS = 16
 _LITTLE = sys.byteorder == "little"
 
 
@@ -113,7 +111,7 @@ class Session:
     @property
     def state(self) -> SessionState:
         """The folded state as of now (a due deadline is fired first). Read, don't change."""
-        return self._store.fold(self.slot, self.session_id).state
+        return self._store.fold(self.slot, self.session_id)
 
     def begin_turn(self, *, reserve_tokens: int, store: bool = True) -> Turn:
         """A chat starts: its place in the session is taken, and room for `reserve_tokens` prompt and output
@@ -126,23 +124,26 @@ class Session:
         size = reserve_tokens * BYTES_PER_TOKEN + RECORD_SLACK_BYTES
         reservation = arena.reserve(self.slot, size) if reserve_tokens > 0 else 0
         self._store.turns_open[self.slot] = self._store.turns_open.get(self.slot, 0) + 1
-        return Turn(self, arena.next_ordinal(self.slot), fold.state.active.index, reservation)
+        return Turn(self, arena.next_ordinal(self.slot), fold.active_index, reservation)
 
     def twin(self, one: retries.Asked) -> Twin | None:
         """The recorded answer that a request is after whose first reply was lost (retries.py), or None."""
         store = self._store
         while True:
             fold = store.fold(self.slot, self.session_id)
-            trajectory = fold.state.active
-            found = trajectory.twin_of(one, lambda process: lives(store.arena, process))
+            ordinal = fold.twin_of(one.body, one.key, self._lives)
+            found = fold.interaction(ordinal) if ordinal >= 0 else None
             if found is None or found.meta is None:
                 return None
             try:
-                ids = store.folds.full_ids(self.slot, fold, trajectory, found.ordinal)
+                ids = store.folds.full_ids(self.slot, fold, ordinal)
             except Trimmed:
                 continue
-            place = (trajectory.index, found.ordinal)
+            place = (found.trajectory, ordinal)
             return Twin(found.interaction_id, ids, found.meta.prompt_len, found.meta.stop_reason, place)
+
+    def _lives(self, process: int) -> bool:
+        return lives(self._store.arena, process)
 
     def fate(self, place: tuple[int, int]) -> Callable[[bool], None]:
         """To be called with what becomes of the reply of (trajectory, ordinal): True when it is on its way or
@@ -167,9 +168,8 @@ class Session:
         return note
 
     def _note_sent(self, place: tuple[int, int], arrived: bool) -> None:
-        meta = rec.pack_sent(*place, retries.ARRIVED if arrived else retries.LOST)
         try:
-            self._store.arena.append(self.slot, rec.SENT, meta)
+            self._store.folds.note_sent(self.slot, *place, retries.ARRIVED if arrived else retries.LOST)
         except (Gone, ArenaFull):
             pass  # nobody will ask, or the worst is one answer told twice
 
@@ -182,12 +182,12 @@ class Session:
         self._access()
         store = self._store
         while True:
-            state = store.fold(self.slot, self.session_id).state
+            state = store.fold(self.slot, self.session_id)
             timeout_ns = store.finish_timeout_ns
             deadline_ns = store.now_ns() + timeout_ns if timeout_ns > 0 else 0
             decision = state.reward(reward, interaction_id, deadline_ns, store.courier)
             if decision.append is not None:
-                index = state.active.index
+                index = state.active_index
                 try:
                     head = store.arena.append(
                         self.slot, rec.REWARD, decision.append, expect=state.head, critical=True
@@ -196,7 +196,7 @@ class Session:
                     continue
                 state.append_reward(head, decision.append)
                 if deadline_ns:
-                    store.deadline_set(self.slot, deadline_ns, hint=not state.untold())
+                    store.deadline_set(self.slot, deadline_ns, hint=not state.has_untold)
                 else:
                     store.became_ready(self.slot, self.session_id, index)
                 store.compact(self.slot)
@@ -251,15 +251,17 @@ class Turn:
         store, slot = self._session._store, self._session.slot
         while self.ordinal >= 0 and self.parent is None:
             fold = store.folds.refresh(slot)
-            trajectory = fold.state.trajectory_for_ref(self.trajectory)
-            found = trajectory.parent_of(prefixes) if trajectory is not None else None
-            if trajectory is None or found is None or found.meta is None:
+            if not fold.may_refer(self.trajectory):
+                return
+            ordinal = fold.parent_of(self.trajectory, prefixes)
+            found = fold.interaction(ordinal) if ordinal >= 0 else None
+            if found is None or found.meta is None:
                 return
             try:
-                ids = store.folds.full_ids(slot, fold, trajectory, found.ordinal)
+                ids = store.folds.full_ids(slot, fold, ordinal)
             except Trimmed:
                 continue
-            self.parent = Parent(found.ordinal, ids, found.meta.prompt_len, found.meta.stop_reason)
+            self.parent = Parent(ordinal, ids, found.meta.prompt_len, found.meta.stop_reason)
 
     def abandon(self) -> None:
         """Nothing is recorded, the room is given back. After a commit this does nothing."""
@@ -304,33 +306,17 @@ class Turn:
         if self.ordinal < 0:
             self._open = False
             return
-        prompt = _packed(prompt_ids, "i", "<i4")
-        output = _packed(output_ids, "i", "<i4")
-        lp = _packed(logprobs, "f", "<f4")
-        outputs = len(output) // 4
-        runs = rec.merge_runs(version_runs)
-        if len(lp) != len(output) or sum(n for _, n in runs) != outputs:
-            raise ValueError("log-probs and version runs must cover exactly the output")
-        session, store = self._session, self._session._store
+        session = self._session
         try:
-            while True:
-                fold = store.folds.refresh(session.slot)
-                ref, shared = self._reference(fold, prompt)
-                meta = rec.InteractionMeta(
-                    self.ordinal, self.trajectory, ref, shared, len(prompt) // 4, outputs,
-                    self.interaction_id, stop_reason, runs, messages_hash, body_hash, extra,
-                    rec.NO_REF if self.parent is None else self.parent.ordinal, routed,
-                )  # fmt: skip
-                data = (memoryview(prompt)[4 * shared :], output, lp)
-                packed = rec.pack_interaction(meta)
-                try:
-                    head = self._append(rec.INTERACTION, packed, data, fold.state.head)
-                except HeadMoved:
-                    continue
-                nbytes = len(packed) + 4 * meta.new_ids + len(lp)
-                store.folds.appended(session.slot, fold, head, meta, nbytes)
-                store.folds.remember(self.interaction_id, prompt + output)
-                return
+            session._store.folds.commit(
+                session.slot, self.ordinal, self.trajectory,
+                rec.NO_REF if self.parent is None else self.parent.ordinal, self.interaction_id,
+                bytes(_packed(prompt_ids, "i", "<i4")),
+                _packed(output_ids, "i", "<i4"),
+                _packed(logprobs, "f", "<f4"),
+                version_runs, stop_reason, messages_hash, body_hash, extra, routed, self._reservation,
+            )  # fmt: skip
+            self._reservation = 0
         finally:
             self._open = False
             self._end()
@@ -363,50 +349,13 @@ class Turn:
         self._reservation = 0
         return head
 
-    def _reference(self, fold: Fold, prompt: bytes) -> tuple[int, int]:
-        """(ordinal, ids shared) of the best of the parent and the last two interactions, or (NO_REF, 0)."""
-        trajectory = fold.state.trajectory_for_ref(self.trajectory)
-        if trajectory is None or not trajectory.interactions:
-            return rec.NO_REF, 0
-        best, shared = rec.NO_REF, 0
-        store, slot = self._session._store, self._session.slot
-        try:
-            candidates = _last_two(trajectory.interactions)
-            if self.parent is not None and self.parent.ordinal not in candidates:
-                candidates.insert(0, self.parent.ordinal)
-            for ordinal in candidates:
-                interaction = trajectory.interactions.get(ordinal)
-                if interaction is None or interaction.meta is None:
-                    continue
-                ids = store.folds.full_bytes(slot, fold, trajectory, ordinal)
-                n = shared_ids(ids, prompt)
-                if n > shared:
-                    best, shared = ordinal, n
-                if 4 * n == len(prompt) or 4 * n == len(ids):
-                    break
-        except Trimmed:  # the log was cut: the append would fail with HeadMoved anyway
-            return rec.NO_REF, 0
-        return (best, shared) if shared >= MIN_SHARED_IDS else (rec.NO_REF, 0)
 
-
-def _packed(values: Any, typecode: str, dtype: str) -> bytes:
-    """Numbers of four bytes as little-endian bytes; what are such bytes stays as it is."""
-    if type(values) is bytes:
+def _packed(values: Any, typecode: str, dtype: str) -> bytes | array[Any]:
+    """Numbers of four bytes as little-endian bytes; what are such bytes, or such an array, stays as it is."""
+    if type(values) is bytes or (_LITTLE and type(values) is array and values.typecode == typecode):
         return values
-    if type(values) is array and values.typecode == typecode and _LITTLE:
-        return values.tobytes()
     packed: bytes = np.ascontiguousarray(values, dtype).tobytes()
     return packed
-
-
-def _last_two(interactions: dict[int, Any]) -> list[int]:
-    """The ordinals whose records came last, newest first; a dict keeps that order."""
-    out = []
-    for ordinal in reversed(interactions):
-        out.append(ordinal)
-        if len(out) == 2:
-            break
-    return out
 
 
 __all__ = ["Gone", "RewardResult", "Session", "Turn"]

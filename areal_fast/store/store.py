@@ -22,11 +22,12 @@ from areal_fast.core import ArenaFull, Exists, Gone, HeadMoved, IndexBusy
 from areal_fast.errors import ExportBusy, KeyBound
 from areal_fast.protocol import records as rec
 from areal_fast.protocol.messages import ExportRequest
+from areal_fast.protocol.sessions import SessionState
 from areal_fast.shards import ShardStore
 from areal_fast.shards.routed import Garbage
 from areal_fast.store import cleanup, exporting
 from areal_fast.store.exporting import Export
-from areal_fast.store.folds import MAX_INTERACTIONS, Fold, FoldCache
+from areal_fast.store.folds import MAX_FOLD_BYTES, FoldCache
 from areal_fast.store.session import Session
 
 if TYPE_CHECKING:
@@ -79,13 +80,13 @@ class SessionStore:
         finish_timeout_s: float = 0.0,
         serving_addr: str = "",
         courier: int = rec.NO_COURIER,
-        max_cached_interactions: int = MAX_INTERACTIONS,
+        max_fold_bytes: int = MAX_FOLD_BYTES,
         note_members: bool = False,
         clock: Callable[[], int] | None = None,
     ) -> None:
         self.arena = arena
         self.finish_timeout_ns = round(finish_timeout_s * 1e9)
-        self.folds = FoldCache(arena, max_cached_interactions)
+        self.folds = FoldCache(arena, max_fold_bytes)
         self.shards = ShardStore(arena, serving_addr)
         self.turns_open: dict[int, int] = {}
         self.courier = courier
@@ -169,10 +170,11 @@ class SessionStore:
             raise IndexBusy
         try:
             session_id = self.arena.slot_id(slot).decode()
-            state = self.fold(slot, session_id).state
-            if state.leaving or (state.ready and all(state.is_held(index) for index in state.ready)):
+            state = self.fold(slot, session_id)
+            ready = [index for index, _, _ in state.ready_all()]
+            if state.leaving or (ready and all(map(state.is_held, ready))):
                 raise ExportBusy
-            if not state.has_ready:
+            if not ready:
                 raise KeyBound(session_id)
             return slot
         finally:
@@ -204,7 +206,7 @@ class SessionStore:
         if slot < 0:
             return None
         session = Session(self, slot, self.arena.slot_id(slot).decode(), counts)
-        if counts and self.folds.refresh(slot).state.leaving:
+        if counts and self.folds.refresh(slot).leaving:
             session.release()
             raise ExportBusy
         return session
@@ -214,21 +216,20 @@ class SessionStore:
         return self.arena.sessions_active()
 
     # -- folds, readiness ------------------------------------------------------------------------------
-    def fold(self, slot: int, session_id: str, now_ns: int = 0) -> Fold:
+    def fold(self, slot: int, session_id: str, now_ns: int = 0) -> SessionState:
         """A pinned session's fold as of now, a deadline that is due (by `now_ns`, 0: the clock) fired."""
         while True:
-            fold = self.folds.refresh(slot)
-            state = fold.state
+            state = self.folds.refresh(slot)
             if not state.deadline_ns or not state.is_due(now_ns or self.now_ns()):
-                return fold
-            index = state.active.index
+                return state
+            index = state.active_index
             try:
                 ready = rec.pack_ready(index, self.courier)
                 self.arena.append(slot, rec.READY, ready, expect=state.head, critical=True)
             except HeadMoved:
                 continue
             except Gone:
-                return fold
+                return state
             self.became_ready(slot, session_id, index)
 
     def became_ready(self, slot: int, session_id: str, trajectory_id: int) -> None:
@@ -284,11 +285,11 @@ class SessionStore:
     def settle_hint(self, slot: int) -> None:
         """A pinned slot's deadline word back to 0 if nothing is waiting. What comes while it is written is
         seen by looking again; what comes later writes the word itself."""
-        state = self.folds.refresh(slot).state
-        while self.arena.deadline(slot) and not state.deadline_ns and not state.untold():
+        state = self.folds.refresh(slot)
+        while self.arena.deadline(slot) and not state.deadline_ns and not state.has_untold:
             self.arena.set_deadline(slot, 0)
-            state = self.folds.refresh(slot).state
-            if state.deadline_ns or state.untold():
+            state = self.folds.refresh(slot)
+            if state.deadline_ns or state.has_untold:
                 self.arena.set_deadline(slot, state.deadline_ns or self.now_ns())
 
     def compact(self, slot: int) -> None:
@@ -354,7 +355,7 @@ class SessionStore:
             session.release()
 
     def _routed_in_log(self, slot: int) -> set[bytes]:
-        return self.folds.refresh(slot).state.routed()
+        return self.folds.refresh(slot).routed()
 
     # -- cleanup ---------------------------------------------------------------------------------------
     def cleanup_stale(

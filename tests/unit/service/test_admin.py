@@ -95,11 +95,11 @@ def test_looking_is_no_access_and_leaves_no_pin(service: Service) -> None:
     arena = service.store.arena
     slot = arena.sessions(0, 1)[0][0]
     before = arena.slot_info(slot)
-    folds = dict(service.store.folds._folds)
+    held = service.store.folds.fold_count, service.store.folds.fold_bytes
     page(service)
     after = arena.slot_info(slot)
     assert (after.touched_ns, after.pins, after.head) == (before.touched_ns, 0, before.head)
-    assert dict(service.store.folds._folds) == folds
+    assert (service.store.folds.fold_count, service.store.folds.fold_bytes) == held
 
 
 @pytest.mark.parametrize(

@@ -102,12 +102,12 @@ def test_a_pending_deadline_survives_the_cut(
 
 
 def test_folds_are_bounded_and_losing_one_loses_nothing(store: SessionStore) -> None:
-    small = SessionStore(store.arena, max_cached_interactions=8)
+    small = SessionStore(store.arena, max_fold_bytes=2000)
     sessions = [started(small, f"s{k}") for k in range(5)]
     for _ in range(3):
         for session in sessions:
             take(session, [1] * 30, [2])
-    assert len(small.folds._folds) < 4
+    assert small.folds.fold_count < 4 and small.folds.fold_bytes <= 2000
     for session in sessions:
         assert session.set_reward(1.0).interaction_count == 3
         session.release()
@@ -131,9 +131,9 @@ def test_memory_of_a_thousand_sessions() -> None:
 
 
 def test_remembered_ids_are_bounded_and_losing_them_loses_nothing(
-    store: SessionStore, monkeypatch: pytest.MonkeyPatch
+    store: SessionStore,
 ) -> None:
-    monkeypatch.setattr(folds, "MAX_IDS_BYTES", 10_000)
+    store.folds.max_ids_bytes = 10_000
     want = []
     sessions = [started(store, f"s{k}") for k in range(3)]
     for k in range(12):
@@ -141,7 +141,7 @@ def test_remembered_ids_are_bounded_and_losing_them_loses_nothing(
             prompt = [n] * 1000 + list(range(k))
             take(session, prompt, [k, n])
             want.append((n, [*prompt, k, n]))
-        assert sum(map(len, store.folds._ids.values())) == store.folds._ids_bytes <= 10_000
+        assert 0 < store.folds.ids_bytes <= 10_000
     for n, session in enumerate(sessions):
         session.set_reward(1.0)
         assert store.arena.slot_info(session.slot).nbytes < 16_384

@@ -168,8 +168,9 @@ def test_a_parent_is_found_without_looking_at_every_turn(store: SessionStore) ->
                 prompt_ids=[i], output_ids=[i], logprobs=[0.0], version_runs=[(0, 1)], stop_reason="length",
                 messages_hash=prefix_hashes([{"role": "user", "content": str(i)}])[0],
             )  # fmt: skip
-        active = session.state.active
-        active.by_prefix = Counting(active.by_prefix)
+        state = session.state
+        assert state.parent_of(0, []) == -1 and isinstance(state.by_prefix, dict)
+        state.by_prefix = Counting(state.by_prefix)
         turn = session.begin_turn(reserve_tokens=1)
         prefixes = prefix_hashes([{"role": "user", "content": "7"}, {"role": "user", "content": "on"}])
         turn.follow(prefixes)

@@ -336,7 +336,7 @@ def test_a_lost_reply_is_replayed_to_an_identical_request_alone_and_for_60_s(are
         lost = new(4)
         ask(store, name).undelivered()
         newest = new(5)
-        state = store.fold(session.slot, name).state
+        state = store.fold(session.slot, name)
         assert [(index, ns) for _, index, ns in state.checkpoint()[0].lost] == [(3, clock.ns)]
         clock.forward(61)
         assert given() == [newest] and given() == [lost]

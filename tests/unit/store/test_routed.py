@@ -306,7 +306,7 @@ def test_compaction_keeps_them(store: SessionStore) -> None:
     session = store.by_id(session_id)
     assert session is not None
     with session:
-        state = store.folds.refresh(session.slot).state
+        state = store.folds.refresh(session.slot)
         checkpoint, keep = state.checkpoint()
         store.arena.compact(session.slot, state.head, rec.pack(checkpoint), keep)
     for _ in range(3):

@@ -74,7 +74,7 @@ def test_a_fold_of_own_records_is_the_fold_of_what_was_written(
     session = started(workers[0], "own")
     for n in range(5):
         take(session, list(range(40 + n)), [n, n + 1])
-    mine, read = (s.folds.refresh(session.slot).state for s in workers)
+    mine, read = (s.folds.refresh(session.slot) for s in workers)
     assert mine.head == read.head and mine.seq == read.seq and mine.live_bytes == read.live_bytes
     for a, b in zip(mine.active.in_order(), read.active.in_order(), strict=True):
         assert (a.meta, a.offset, a.nbytes, a.seq) == (b.meta, b.offset, b.nbytes, b.seq)
