@@ -110,6 +110,35 @@ int af_bpe_unquiet(const af_bpe *b, const uint8_t *text, size_t n, size_t from, 
     return false;
 }
 
+ptrdiff_t af_bpe_spelled(const char **at, const char *end, const int16_t *stands_for, uint8_t *out, size_t room) {
+    const uint8_t *text = (const uint8_t *)*at, *last = (const uint8_t *)end;
+    size_t count = 0;
+    bool otherwise = false;
+    if (text == last || *text++ != '"') return AF_BPE_SPELLED_BAD;
+    while (text < last && *text != '"') {
+        uint32_t point = *text;
+        size_t size = 1;
+        if (point == '\\') { /* of escapes, only these are needed for printable characters */
+            if (last - text < 2) return AF_BPE_SPELLED_BAD;
+            point = *++text;
+            if (point != '"' && point != '\\') otherwise = true;
+        } else if (point >= 0x80) {
+            size = decode(text, (size_t)(last - text), &point);
+            if (!size) return AF_BPE_SPELLED_BAD;
+        }
+        text += size;
+        if (point >= 0x200 || stands_for[point] < 0) {
+            otherwise = true;
+        } else {
+            if (count == room) return AF_BPE_SPELLED_BAD;
+            out[count++] = (uint8_t)stands_for[point];
+        }
+    }
+    if (text == last) return AF_BPE_SPELLED_BAD;
+    *at = (const char *)text + 1;
+    return otherwise ? AF_BPE_SPELLED_OTHERWISE : (ptrdiff_t)count;
+}
+
 /* ---- splits -------------------------------------------------------------------------------------------------------- */
 
 static size_t match(const af_bpe *b, const af_bpe_way *way, uint32_t i, const uint8_t *classes, size_t at);
@@ -264,8 +293,7 @@ static ptrdiff_t merge_long(const af_bpe *b, const uint8_t *word, size_t n, uint
     return (ptrdiff_t)count;
 }
 
-/* The id of a word that is a token whole, or AF_BPE_NONE. */
-static uint32_t whole(const af_bpe *b, const uint8_t *word, size_t n) {
+uint32_t af_bpe_whole(const af_bpe *b, const uint8_t *word, size_t n) {
     for (uint32_t i = af_bpe_word_home(word, n, b->word_places); b->words[i]; i = i + 1 == b->word_places ? 0 : i + 1) {
         uint32_t id = b->words[i] - 1, start = b->token_start[id];
         if (b->token_start[id + 1] - start == n && memcmp(b->token_bytes + start, word, n) == 0) return id;
@@ -275,7 +303,7 @@ static uint32_t whole(const af_bpe *b, const uint8_t *word, size_t n) {
 
 static ptrdiff_t encode_word(const af_bpe *b, const uint8_t *word, size_t n, uint32_t *ids) {
     if (b->words) {
-        ids[0] = whole(b, word, n);
+        ids[0] = af_bpe_whole(b, word, n);
         if (ids[0] != AF_BPE_NONE) return 1;
     }
     if (n <= MERGE_SHORT) return (ptrdiff_t)merge_short(b, word, n, ids);

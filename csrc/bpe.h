@@ -83,7 +83,7 @@ typedef struct {
     const af_bpe_pair *pairs;  /* open-addressed */
     uint32_t pair_places;
     const uint32_t *merged; /* by rank */
-    /* whole words, where they come before merges; else NULL */
+    /* tokens whole, where they come before merges; else NULL. Ids ascend. */
     const uint32_t *words; /* open-addressed: token ids + 1, 0 a free place */
     uint32_t word_places;
     const uint32_t *token_start; /* of token id's bytes; [id + 1] is their end */
@@ -101,6 +101,17 @@ typedef struct {
 /* Where an open-addressed table's search begins. */
 uint32_t af_bpe_pair_home(uint32_t left, uint32_t right, uint32_t places);
 uint32_t af_bpe_word_home(const uint8_t *word, size_t size, uint32_t places);
+
+/* The id of a word that is a token whole, or AF_BPE_NONE. */
+uint32_t af_bpe_whole(const af_bpe *b, const uint8_t *word, size_t n);
+
+enum { AF_BPE_SPELLED_BAD = -1, AF_BPE_SPELLED_OTHERWISE = -2 };
+
+/* Read a JSON string in which characters stand for bytes: `stands_for` has those of code points below 0x200, or -1.
+ * *at, at the opening quote, moves behind the closing one. Returns the bytes written to out, at most room; or
+ * AF_BPE_SPELLED_OTHERWISE: it holds something else (out is spoilt); or AF_BPE_SPELLED_BAD: it is no such string, or
+ * too long. */
+ptrdiff_t af_bpe_spelled(const char **at, const char *end, const int16_t *stands_for, uint8_t *out, size_t room);
 
 /* Where the first part of the text from `from` on is that the normalizer may change, as [*start, *stop): it begins with the
  * character before that one, and stops before ASCII that more ASCII follows, so that it is normalized by itself as within

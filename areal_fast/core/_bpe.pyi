@@ -19,20 +19,20 @@ class BytePairs:
     def __new__(
         cls,
         alphabet: str,
-        vocabulary: dict[str, int],
-        merges: list[tuple[str, str]],
+        vocabulary: bytes,
+        merges: bytes,
         whole_words: bool,
         classes: list[tuple[int, bool, list[tuple[int, int]]]],
         splits: list[Sequence[_Way]],
         normalize: Callable[[str], str] | None,
     ) -> BytePairs:
-        """`alphabet`: the character by which tokens spell each of the 256 bytes. `vocabulary`: the ids of
-        these, and of both parts of every merge and what they make. `merges` by rank. `whole_words`: a word
+        """`alphabet`: the character by which tokens spell each of the 256 bytes. `vocabulary`: valid JSON,
+        {"spelled": id, …} with ascending ids, in which are all bytes, both parts of every merge and what
+        they make. `merges`: valid JSON, [["left", "right"], …] by rank. `whole_words`: a word
         that is in the vocabulary is that token, whatever the merges say. `classes`: each one's number,
         whether it is quiet (`normalize` changes no text of such classes; it must change no ASCII either),
         and its code points as [start, stop); ASCII must be covered. `splits` are applied one after another.
-        KeyError: the vocabulary lacks something. BadArgument: more than the tables hold (csrc/bpe.h), or
-        what makes no sense."""
+        BadArgument: more than the tables hold (csrc/bpe.h), or what makes no sense."""
 
     def encode(self, text: str) -> bytes | None:
         """The ids as int32. None: this text is not for here, since it has a character of no class, a lone

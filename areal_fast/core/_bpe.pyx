@@ -11,7 +11,7 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
 from cpython.unicode cimport PyUnicode_AsUTF8String
 from libc.stddef cimport ptrdiff_t
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int16_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
@@ -73,6 +73,12 @@ cdef extern from "bpe.h":
         const uint8_t *token_bytes
     uint32_t af_bpe_pair_home(uint32_t left, uint32_t right, uint32_t places) nogil
     uint32_t af_bpe_word_home(const uint8_t *word, size_t size, uint32_t places) nogil
+    uint32_t af_bpe_whole(const af_bpe *b, const uint8_t *word, size_t n) nogil
+    enum:
+        AF_BPE_SPELLED_BAD
+        AF_BPE_SPELLED_OTHERWISE
+    ptrdiff_t af_bpe_spelled(const char **at, const char *end, const int16_t *stands_for, uint8_t *out,
+                             size_t room) nogil
     bint af_bpe_unquiet(const af_bpe *b, const uint8_t *text, size_t n, size_t start_from, size_t *start,
                         size_t *stop) nogil
     ptrdiff_t af_bpe_encode(const af_bpe *b, af_bpe_word *met, const uint8_t *text, size_t n, int normal,
@@ -86,7 +92,63 @@ cdef enum:
     SMALL = 2048  # bytes of text whose ids fit into the stack's buffer
     ALONE = 32768  # bytes from which on the GIL is not held
     TOKENS = 1 << 24
+    TOKEN_BYTES = 1 << 16  # of the longest token
     LINE = 64
+
+
+cdef uint8_t all_bytes[256]
+cdef int each
+for each in range(256):
+    all_bytes[each] = <uint8_t> each
+
+
+# JSON as msgspec has found it to be, so only what was meant is checked
+
+cdef inline bint is_blank(char c) noexcept:
+    return c == c" " or c == c"\n" or c == c"\r" or c == c"\t"
+
+
+cdef inline bint is_digit(char c) noexcept:
+    return c"0" <= c <= c"9"
+
+
+cdef int take(const char **at, const char *end, char what) except -1:
+    while at[0] < end and is_blank(at[0][0]):
+        at[0] += 1
+    if at[0] == end or at[0][0] != what:
+        raise BadArgument(f"no {chr(what)} where it should be")
+    at[0] += 1
+    while at[0] < end and is_blank(at[0][0]):
+        at[0] += 1
+    return 0
+
+
+cdef uint32_t number(const char **at, const char *end) noexcept:
+    """Digits, TOKENS at most; none are TOKENS."""
+    cdef uint32_t value = 0
+    if at[0] == end or not is_digit(at[0][0]):
+        return TOKENS
+    while at[0] < end and is_digit(at[0][0]):
+        value = min(<uint32_t> TOKENS, value * 10 + <uint32_t> (at[0][0] - c"0"))
+        at[0] += 1
+    return value
+
+
+cdef uint32_t last_number(const char *start, const char *end) noexcept:
+    cdef const char *at = end
+    while at > start and not is_digit((at - 1)[0]):
+        at -= 1
+    while at > start and is_digit((at - 1)[0]):
+        at -= 1
+    return number(&at, end)
+
+
+cdef uint32_t home(const af_bpe_pair *pairs, uint32_t left, uint32_t right, uint32_t places) noexcept:
+    """Where the pair is, or would be."""
+    cdef uint32_t i = af_bpe_pair_home(left, right, places)
+    while pairs[i].rank != AF_BPE_NONE and (pairs[i].left != left or pairs[i].right != right):
+        i = 0 if i + 1 == places else i + 1
+    return i
 
 
 @cython.final
@@ -95,23 +157,30 @@ cdef class BytePairs:
 
     cdef af_bpe tables
     cdef af_bpe_word *met
+    cdef int16_t stands_for[0x200]
     cdef object normalize
     cdef Py_ssize_t memory
     cdef list blocks
 
-    def __cinit__(self, str alphabet not None, dict vocabulary not None, list merges not None, bint whole_words,
+    def __cinit__(self, str alphabet not None, bytes vocabulary not None, bytes merges not None, bint whole_words,
                   list classes not None, list splits not None, normalize):
-        if len(alphabet) != 256:
-            raise BadArgument("an alphabet spells 256 bytes")
+        cdef Py_ssize_t kept
         memset(&self.tables, 0, sizeof(af_bpe))
         self.blocks, self.memory = [], 0
         self.normalize = normalize
         self.met = <af_bpe_word *> self.block(AF_BPE_WORDS * sizeof(af_bpe_word))
         self.learn_classes(classes)
         self.learn_splits(splits)
-        self.learn_merges(alphabet, vocabulary, merges)
+        kept = len(self.blocks)
+        self.learn_words(alphabet, vocabulary)
         if whole_words:
-            self.learn_words(alphabet, vocabulary)
+            kept = len(self.blocks)
+        words, self.blocks = self.blocks[kept:], self.blocks[:kept]
+        self.learn_merges(merges)
+        if words:
+            self.tables.words = self.tables.token_start = NULL
+            self.tables.token_bytes = NULL
+            self.memory -= sum(map(len, words))
 
     cdef void *block(self, size_t size) except NULL:
         """Zeros, which live as long as the object and begin on a cache line."""
@@ -201,81 +270,107 @@ cdef class BytePairs:
                 ways += 1
         return 0
 
-    cdef int learn_merges(self, str alphabet, dict vocabulary, list merges) except -1:
-        cdef uint32_t n = <uint32_t> len(merges), rank = 0, left, right, i, places
-        cdef af_bpe_pair *pairs
-        cdef uint32_t *merged
-        cdef uint32_t *ranks
-        cdef int a, b
-        cdef str first, second
-        if n > TOKENS:
-            raise BadArgument(f"{n} merges")
-        for a in range(256):
-            self.tables.byte_id[a] = vocabulary[alphabet[a]]
-        places = n + n // 2 + 16
-        pairs = <af_bpe_pair *> self.block(places * sizeof(af_bpe_pair))
-        for i in range(places):
-            pairs[i].rank = AF_BPE_NONE
-        merged = <uint32_t *> self.block((n + 1) * sizeof(uint32_t))
-        for first, second in merges:
-            left, right = vocabulary[first], vocabulary[second]
-            merged[rank] = vocabulary[first + second]
-            i = af_bpe_pair_home(left, right, places)
-            while pairs[i].rank != AF_BPE_NONE:
-                if pairs[i].left == left and pairs[i].right == right:
-                    raise BadArgument("a pair that is merged twice")
-                i = 0 if i + 1 == places else i + 1
-            pairs[i].left, pairs[i].right, pairs[i].rank = left, right, rank
-            rank += 1
-        self.tables.pairs, self.tables.pair_places, self.tables.merged = pairs, places, merged
-        ranks = <uint32_t *> self.block(65536 * sizeof(uint32_t))
-        for a in range(256):
-            for b in range(256):
-                left, right = self.tables.byte_id[a], self.tables.byte_id[b]
-                i = af_bpe_pair_home(left, right, places)
-                while pairs[i].rank != AF_BPE_NONE and (pairs[i].left != left or pairs[i].right != right):
-                    i = 0 if i + 1 == places else i + 1
-                ranks[a << 8 | b] = pairs[i].rank
-        self.tables.byte_rank = ranks
-        return 0
-
-    cdef int learn_words(self, str alphabet, dict vocabulary) except -1:
-        cdef uint32_t n = <uint32_t> len(vocabulary), places = 2 * n + 16, i, at = 0, id
-        cdef Py_ssize_t size = 0, tokens = 0
+    cdef int learn_words(self, str alphabet, bytes vocabulary) except -1:
+        """Tokens as JSON, {"spelled": id, ...} with ascending ids."""
+        cdef const char *at = PyBytes_AS_STRING(vocabulary)
+        cdef const char *end = at + PyBytes_GET_SIZE(vocabulary)
+        cdef uint32_t tokens = last_number(at, end) + 1, next_id = 0, id, i, places, used = 0
         cdef uint32_t *words
         cdef uint32_t *starts
         cdef uint8_t *text
-        cdef bytes token
-        stands_for = {character: byte for byte, character in enumerate(alphabet)}
-        by_id = {}
-        for spelled, id in vocabulary.items():
-            try:
-                token = bytes(map(stands_for.__getitem__, spelled))
-            except KeyError:
-                continue  # no word is spelled like that
-            if id in by_id:
-                raise BadArgument("an id of two tokens")
-            by_id[id] = token
-            size += PyBytes_GET_SIZE(token)
-            tokens = max(tokens, <Py_ssize_t> id + 1)
-        if tokens > TOKENS:
-            raise BadArgument("ids too large")
+        cdef ptrdiff_t size
+        if len(alphabet) != 256 or max(alphabet) >= "\u0200":
+            raise BadArgument("an alphabet spells 256 bytes by characters below U+0200")
+        for i in range(0x200):
+            self.stands_for[i] = <int16_t> alphabet.find(chr(i))
+        if not tokens <= TOKENS or PyBytes_GET_SIZE(vocabulary) > 1 << 30:
+            raise BadArgument("a vocabulary too large")
+        places = 2 * tokens + 16
         words = <uint32_t *> self.block(places * sizeof(uint32_t))
         starts = <uint32_t *> self.block((tokens + 1) * sizeof(uint32_t))
-        text = <uint8_t *> self.block(size + 1)
-        for id in range(<uint32_t> tokens):
-            starts[id] = at
-            token = by_id.get(id, b"")
-            if PyBytes_GET_SIZE(token):
-                memcpy(text + at, PyBytes_AS_STRING(token), PyBytes_GET_SIZE(token))
-                i = af_bpe_word_home(text + at, <size_t> PyBytes_GET_SIZE(token), places)
+        text = <uint8_t *> self.block(PyBytes_GET_SIZE(vocabulary) + TOKEN_BYTES)
+        self.tables.words, self.tables.word_places = words, places
+        self.tables.token_start, self.tables.token_bytes = starts, text
+        take(&at, end, c"{")
+        while at < end and at[0] != c"}":
+            if next_id:
+                take(&at, end, c",")
+            size = af_bpe_spelled(&at, end, self.stands_for, text + used, TOKEN_BYTES)
+            take(&at, end, c":")
+            id = number(&at, end)
+            if size == AF_BPE_SPELLED_BAD or not next_id <= id < tokens:
+                raise BadArgument("no vocabulary as it should be")
+            while next_id <= id:  # ids that no token has are empty
+                starts[next_id] = used
+                next_id += 1
+            if size > 0:  # (what is spelled otherwise is no word)
+                i = af_bpe_word_home(text + used, <size_t> size, places)
                 while words[i]:
                     i = 0 if i + 1 == places else i + 1
                 words[i] = id + 1
-                at += <uint32_t> PyBytes_GET_SIZE(token)
-        starts[tokens] = at
-        self.tables.words, self.tables.word_places = words, places
-        self.tables.token_start, self.tables.token_bytes = starts, text
+                used += <uint32_t> size
+            starts[next_id] = used
+        take(&at, end, c"}")
+        for i in range(256):
+            self.tables.byte_id[i] = af_bpe_whole(&self.tables, &all_bytes[i], 1)
+            if self.tables.byte_id[i] == AF_BPE_NONE:
+                raise BadArgument(f"a vocabulary without byte {i}")
+        return 0
+
+    cdef int learn_merges(self, bytes merges) except -1:
+        """Pairs as JSON, [["left", "right"], ...] by rank."""
+        cdef const char *at = PyBytes_AS_STRING(merges)
+        cdef const char *end = at + PyBytes_GET_SIZE(merges)
+        cdef uint32_t room = <uint32_t> (PyBytes_GET_SIZE(merges) // 9 + 1), n = 0, i, a, b, places  # ["a","b"]
+        cdef uint8_t *text
+        cdef uint32_t *found
+        cdef uint32_t *merged
+        cdef uint32_t *ranks
+        cdef af_bpe_pair *pairs
+        cdef ptrdiff_t left, right
+        if PyBytes_GET_SIZE(merges) > 1 << 30:
+            raise BadArgument("too many merges")
+        scratch = bytearray(room * 3 * sizeof(uint32_t) + 2 * TOKEN_BYTES)
+        found = <uint32_t *> <char *> scratch
+        text = <uint8_t *> <char *> scratch + room * 3 * sizeof(uint32_t)
+        take(&at, end, c"[")
+        while at < end and at[0] != c"]":
+            if n:
+                take(&at, end, c",")
+            take(&at, end, c"[")
+            left = af_bpe_spelled(&at, end, self.stands_for, text, TOKEN_BYTES)
+            take(&at, end, c",")
+            if left < 0:
+                raise BadArgument("merges of what is no bytes")
+            right = af_bpe_spelled(&at, end, self.stands_for, text + left, TOKEN_BYTES)
+            take(&at, end, c"]")
+            if right < 0:
+                raise BadArgument("merges of what is no bytes")
+            found[3 * n] = af_bpe_whole(&self.tables, text, <size_t> left)
+            found[3 * n + 1] = af_bpe_whole(&self.tables, text + left, <size_t> right)
+            found[3 * n + 2] = af_bpe_whole(&self.tables, text, <size_t> (left + right))
+            for i in range(3):
+                if found[3 * n + i] == AF_BPE_NONE:
+                    raise BadArgument("merges of what is no token")
+            n += 1
+        take(&at, end, c"]")
+        places = n + n // 2 + 16
+        pairs = <af_bpe_pair *> self.block(places * sizeof(af_bpe_pair))
+        merged = <uint32_t *> self.block((n + 1) * sizeof(uint32_t))
+        ranks = <uint32_t *> self.block(65536 * sizeof(uint32_t))
+        for i in range(places):
+            pairs[i].rank = AF_BPE_NONE
+        for a in range(n):
+            i = home(pairs, found[3 * a], found[3 * a + 1], places)
+            if pairs[i].rank != AF_BPE_NONE:
+                raise BadArgument("a pair that is merged twice")
+            pairs[i].left, pairs[i].right, pairs[i].rank = found[3 * a], found[3 * a + 1], a
+            merged[a] = found[3 * a + 2]
+        for a in range(256):
+            for b in range(256):
+                ranks[a << 8 | b] = pairs[home(pairs, self.tables.byte_id[a], self.tables.byte_id[b], places)].rank
+        self.tables.pairs, self.tables.pair_places, self.tables.merged = pairs, places, merged
+        self.tables.byte_rank = ranks
         return 0
 
     def encode(self, str text not None):

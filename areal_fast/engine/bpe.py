@@ -68,8 +68,8 @@ class Unsupported(Exception):
 class _Model(msgspec.Struct):
     """A BPE model as the library writes it."""
 
-    vocab: dict[str, int]
-    merges: list[tuple[str, str]]
+    vocab: msgspec.Raw
+    merges: msgspec.Raw
     dropout: float | None = None
     continuing_subword_prefix: str | None = None
     end_of_word_suffix: str | None = None
@@ -98,15 +98,13 @@ def byte_pairs(tokenizer: Tokenizer) -> BytePairs:
     try:
         made = BytePairs(
             "".join(sorted(alphabet, key=alphabet.__getitem__)),
-            model.vocab,
-            model.merges,
+            bytes(model.vocab),
+            bytes(model.merges),
             model.ignore_merges,
             classes,
             [[way.numbered(sets) for way in ways] for ways in splits],
             None if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str,
         )
-    except KeyError as error:
-        raise Unsupported(f"a vocabulary without {error}") from error
     except BadArgument as error:
         raise Unsupported(str(error)) from error
     differing = differs(made, tokenizer)

@@ -9,12 +9,14 @@ segments do not: these are replaced.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import random
 import re
 import sys
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,8 +24,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from areal_fast.core._bpe import BytePairs
+from areal_fast.core.codes import BadArgument
 from areal_fast.engine import bpe
 from areal_fast.engine.bpe import Unsupported, byte_pairs
+from areal_fast.engine.detokenize import byte_alphabet
 from tests import qwen_folder, token_folders
 
 SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -252,6 +256,74 @@ def test_quiet_characters_are_in_normal_form() -> None:
     text = "".join(chance.choices(quiet, k=200_000))
     assert unicodedata.normalize("NFC", text) == text
     assert normalizers.NFC().normalize_str(text) == text
+
+
+ALPHABET = "".join(sorted(byte_alphabet(), key=byte_alphabet().__getitem__))
+BYTES = ",".join(f"{json.dumps(c, ensure_ascii=False)}:{i}" for i, c in enumerate(ALPHABET))
+ASCII = [(0, True, [(0, 0x110000)])]
+ANY = [[(0, [(1, 1, None)])]]
+
+
+def test_tables_by_hand() -> None:
+    vocabulary = f'{{{BYTES},"ab":300,"<é\\n>":301, "abc" : 70000}}'.encode()
+    merges = b'[["a","b"] , ["ab","c"]]'
+    made = BytePairs(ALPHABET, vocabulary, merges, False, ASCII, ANY, None)
+    assert memoryview(made.encode("xabcab\0é") or b"").cast("i").tolist() == [120, 70000, 300, 0, 195, 169]
+    assert BytePairs(ALPHABET, vocabulary, b"[]", True, ASCII, ANY, None).encode("abc") == (70000).to_bytes(
+        4, "little"
+    )
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "merges"),
+    [
+        (b"", b"[]"),
+        (b"{}", b"[]"),
+        (b"[]", b"[]"),
+        (b'{"a":1', b"[]"),
+        (b'{"a":1,"b":1}', b"[]"),
+        (b'{"a":9,"b":1}', b"[]"),
+        (b'{"a":-1}', b"[]"),
+        (b'{"a":99999999999999999999}', b"[]"),
+        (b'{"a', b"[]"),
+        (b'{"\xff":0}', b"[]"),
+        (b'{"\\', b"[]"),
+        (f"{{{BYTES}".encode(), b"[]"),
+        (f'{{{BYTES},"{"a" * 70000}":300}}'.encode(), b"[]"),
+        (f"{{{BYTES}}}".encode(), b"[[]]"),
+        (f"{{{BYTES}}}".encode(), b'["a b"]'),
+        (f"{{{BYTES}}}".encode(), b'[["a","b"]]'),
+        (f'{{{BYTES},"ab":300}}'.encode(), b'[["a","b"],["a","b"]]'),
+        (f'{{{BYTES},"ab":300}}'.encode(), b'[["a","b"],["a"'),
+        (f'{{{BYTES},"ab":300}}'.encode(), '[["a","→"]]'.encode()),
+        (f'{{{BYTES},"ab":300}}'.encode(), b'[["a","b"'),
+    ],
+)
+def test_models_that_make_no_sense(vocabulary: bytes, merges: bytes) -> None:
+    with pytest.raises(BadArgument):
+        BytePairs(ALPHABET, vocabulary, merges, False, ASCII, ANY, None)
+
+
+@pytest.mark.parametrize(
+    ("classes", "splits"),
+    [
+        ([(0, True, [(0, 127)])], ANY),
+        ([(61, True, [(0, 128)])], ANY),
+        ([(0, True, [(5, 4)])], ANY),
+        ([(0, True, [(0, 0x110001)])], ANY),
+        (ASCII, []),
+        (ASCII, ANY * 5),
+        (ASCII, [[(0, [])]]),
+        (ASCII, [[(0, [(1, 0, None)])]]),
+        (ASCII, [[(0, [(1, 1, 1)])] * 65]),
+        (ASCII, [[(0, [(1, 1, 1)] * 97)]]),
+        (ASCII, [[(0, [([[1] * 5], 1, 1)])]]),
+        (ASCII, [[(0, [([[]], 1, 1)])]]),
+    ],
+)
+def test_patterns_that_make_no_sense(classes: Any, splits: Any) -> None:
+    with pytest.raises(BadArgument):
+        BytePairs(ALPHABET, f"{{{BYTES}}}".encode(), b"[]", False, classes, splits, None)
 
 
 @pytest.mark.parametrize(
