@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from areal_fast.core.codes import (
@@ -53,6 +54,21 @@ def as_bytes(data: Sequence[Buffer]) -> bytes:
 
 _worlds: weakref.WeakValueDictionary[int, World] = weakref.WeakValueDictionary()
 _fds = itertools.count(1000)
+
+
+class Histogram:
+    def __init__(self, arena: ModelArena, first: int, bounds: Sequence[int]) -> None:
+        if len(bounds) > 32 or list(bounds) != sorted(bounds):
+            raise BadArgument("at most 32 bounds, in order")
+        self._arena, self._first, self._bounds = arena, first, bounds
+
+    def observe(self, value: int, beside: int) -> None:
+        if self._arena.closed:
+            raise BadArgument("the arena is closed")
+        after = self._first + len(self._bounds)
+        self._arena.count(self._first + bisect_left(self._bounds, value))
+        self._arena.count(after + 1, value)
+        self._arena.count(after + 2 + beside)
 
 
 class ModelArena:
@@ -169,6 +185,9 @@ class ModelArena:
             return False
         self.world.words[i] = new
         return True
+
+    def histogram(self, first: int, bounds: Sequence[int]) -> Histogram:
+        return Histogram(self, first, bounds)
 
     def count(self, counter: int, delta: int = 1) -> None:
         self.world.procs[self.proc].counters[counter] += delta

@@ -79,6 +79,10 @@ class Arena:
 
     def cas_word(self, i: int, old: int, new: int) -> bool: ...
     def count(self, counter: int, delta: int = 1) -> None: ...
+    def histogram(self, first: int, bounds: Sequence[int]) -> Histogram:
+        """Counters in a row, from `first`: one for each of `bounds` (rising, at most 32) and one for what is
+        above them all, the sum of what was observed, and any number of others. BadArgument."""
+
     def counters(self) -> list[int]:
         """All counters summed over the processes, dead ones included."""
 
@@ -261,6 +265,14 @@ class Arena:
 
     def consistency(self) -> str:
         """What is wrong with a quiet arena, in a line; empty if nothing is. For tests."""
+
+@final
+class Histogram:
+    """What `Arena.histogram` counts with."""
+
+    def observe(self, value: int, beside: int) -> None:
+        """Count `value` (≥ 0) under the first bound that it is not above, add it to the sum, and count one
+        more in the other with the number `beside`."""
 
 def base64_encode(
     data: ReadableBuffer, before: bytes = b"", after: bytes = b"", *, bf16: bool = False

@@ -31,6 +31,7 @@ from libc.string cimport memcmp, memcpy, memset, strerror
 from areal_fast.core._core cimport *
 
 cdef enum:
+    MAX_BOUNDS = 32
     LONG_BYTES = 65536
     PAGE_SLOTS = 65536
 
@@ -41,6 +42,9 @@ CRASH_POINTS = af_crash_count() > 0
 include "_codes.pxi"
 include "_buffers.pxi"
 include "_base64.pxi"
+
+
+cdef class Histogram  # below
 
 
 @cython.final
@@ -198,6 +202,18 @@ cdef class Arena:
 
     def count(self, uint32_t counter, int64_t delta=1):
         af_count(self.ready(), counter, <uint64_t> delta)
+
+    def histogram(self, uint32_t first, bounds):
+        cdef Histogram found = Histogram.__new__(Histogram)
+        cdef Py_ssize_t i
+        if len(bounds) > MAX_BOUNDS or list(bounds) != sorted(bounds):
+            raise BadArgument(f"at most {MAX_BOUNDS} bounds, in order")
+        found.arena = self
+        found.first = first
+        found.bounds = <uint32_t> len(bounds)
+        for i in range(len(bounds)):
+            found.bound[i] = bounds[i]
+        return found
 
     def counters(self):
         cdef uint64_t out[AF_COUNTERS]
@@ -686,6 +702,26 @@ cdef class Arena:
 
 
 _handles = weakref.WeakSet()
+
+
+@cython.final
+cdef class Histogram:
+    cdef Arena arena
+    cdef uint32_t first
+    cdef uint32_t bounds
+    cdef int64_t bound[MAX_BOUNDS]
+
+    def __init__(self):
+        raise TypeError("Arena.histogram makes one")
+
+    def observe(self, int64_t value, uint32_t beside):
+        cdef af_arena *a = self.arena.ready()
+        cdef uint32_t i = 0
+        while i < self.bounds and value > self.bound[i]:
+            i += 1
+        af_count(a, self.first + i, 1)
+        af_count(a, self.first + self.bounds + 1, <uint64_t> value)
+        af_count(a, self.first + self.bounds + 2 + beside, 1)
 
 
 cdef Arena wrap(af_arena *a):

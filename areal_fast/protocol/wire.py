@@ -15,6 +15,7 @@ decoded and encoded between the body and shared memory by shards/json_codec.py.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
@@ -213,6 +214,7 @@ def numpy_dtype(text: str) -> np.dtype[Any]:
     return dtype
 
 
+@lru_cache(maxsize=256)
 def frame(dtype: str, shape: tuple[int, ...], form: Form) -> tuple[bytes, bytes]:
     """What stands before and behind the base64 in the JSON of a kept shard; of a meta tensor, which has none,
     the two together are all of it."""

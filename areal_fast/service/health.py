@@ -2,8 +2,8 @@
 
 Recorded first: status, backend, sessions, paused, version; read from the arena at each request. Then what an
 operator asks next: which worker answered, workers and cleaner (from the supervisor's board), the arena, the
-last clean-up and what went wrong in it. That second part is made at most once a heartbeat, so that probing
-costs next to nothing.
+last clean-up and what went wrong in it. That second part is made at most once a heartbeat, and an answer that
+would say the same as the last is not made again, so that probing costs next to nothing.
 """
 
 from __future__ import annotations
@@ -35,22 +35,29 @@ class Health:
         self._started = started
         self.board: dict[str, Any] = {}
         self._rest = b""
+        self._answer = b""  # the last one, which said
+        self._said: tuple[object, ...] = ()
 
     def serve(self, exchange: Exchange) -> None:
-        head = _encode(
-            {
-                "status": "ok",
-                "backend": self._engines.address,
-                "sessions": self._store.sessions_count(),
-                "paused": self._state.paused(),
-                "version": self._state.version(),
-            }
-        )
-        exchange.respond(200, head[:-1] + b"," + (self._rest or self.refresh())[1:])
+        state = self._state
+        now = self._engines.address, self._store.sessions_count(), state.paused(), state.version()
+        if now != self._said or not self._answer:
+            backend, sessions, paused, version = self._said = now
+            head = _encode(
+                {
+                    "status": "ok",
+                    "backend": backend,
+                    "sessions": sessions,
+                    "paused": paused,
+                    "version": version,
+                }
+            )
+            self._answer = head[:-1] + b"," + (self._rest or self.refresh())[1:]
+        exchange.respond(200, self._answer)
 
     def expire(self) -> None:
         """The second part is out of date: make it anew when somebody asks."""
-        self._rest = b""
+        self._rest = self._answer = b""
 
     def refresh(self) -> bytes:
         board = self.board

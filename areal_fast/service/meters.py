@@ -9,19 +9,19 @@ Numbers 0 to 6 are the cleaner's (words.py), 7 to 29 events, 30 to 127 seven rou
 the rest (each request in exactly one; the exposition adds them up), the sum of nanoseconds, three classes of
 status. Routes are a fixed list, so no client can make the counters more.
 
-The cost of a request is two clock readings, a bisection and three counts: under a microsecond.
+The cost of a request is two clock readings and one call, which counts three: half a microsecond.
 """
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 from areal_fast.core import NUM_COUNTERS
 
 if TYPE_CHECKING:
+    from areal_fast.core import Arena
     from areal_fast.engine.generate import Generation
     from areal_fast.http import Client, Exchange, Server
 
@@ -91,9 +91,8 @@ def base(route: str) -> int:
     return FIRST + SIZE * ROUTES.index(route)
 
 
-_BASES: Final = {path: base(route) for path, route in PATHS.items()}
-_DATA: Final = base("data")
-_OTHER: Final = base("other")
+_CLASS: Final = (2, 0, 0, 0, 1, 2)
+"""Of CLASSES, by a status's hundreds. No status: the handler failed, and the HTTP layer says 500."""
 
 Handler = Callable[["Exchange"], Awaitable[None] | None]
 
@@ -111,11 +110,13 @@ class Metered:
     until its end."""
 
     def __init__(
-        self, handler: Handler, arena: Counters, clock: Callable[[], int] = time.perf_counter_ns
+        self, handler: Handler, arena: Arena, clock: Callable[[], int] = time.perf_counter_ns
     ) -> None:
         self._handler = handler
-        self._count = arena.count
         self._clock = clock
+        by_route = {route: arena.histogram(base(route), _BOUNDS_NS).observe for route in ROUTES}
+        self._of_path = {path: by_route[route] for path, route in PATHS.items()}
+        self._data, self._other = by_route["data"], by_route["other"]
 
     def __call__(self, exchange: Exchange) -> Awaitable[None] | None:
         begun = self._clock()
@@ -134,12 +135,10 @@ class Metered:
     def _note(self, exchange: Exchange, begun: int) -> None:
         took = self._clock() - begun
         path = exchange.path
-        first = _BASES.get(path) or (_DATA if path.startswith("/data/") else _OTHER)
-        count, status = self._count, exchange.status
-        count(first + bisect_left(_BOUNDS_NS, took))
-        count(first + SUM, took)
-        # No status: the handler failed, and the HTTP layer says 500.
-        count(first + SUM + (1 if 0 < status < 400 else 2 if 400 <= status < 500 else 3))
+        observe = self._of_path.get(path)
+        if observe is None:
+            observe = self._data if path.startswith("/data/") else self._other
+        observe(took, _CLASS[exchange.status // 100])
 
 
 def count_generation(arena: Counters, prompt_tokens: int, generation: Generation) -> None:

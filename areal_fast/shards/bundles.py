@@ -107,11 +107,12 @@ def arena_name(prefix: str) -> bytes:
 
 
 _ID = re.compile(r"([0-9a-f]{8})-([0-9a-f]{4})-([0-9a-f]{4})-([0-9a-f]{4})-([0-9a-f]{4})([0-9a-f]{8})")
+_ID_CHARS = 36
 
 
 def split_id(shard_id: str) -> tuple[bytes, int] | None:
     """(arena name, part) if this could be a bundle's id."""
-    match = _ID.fullmatch(shard_id)
+    match = _ID.fullmatch(shard_id) if len(shard_id) == _ID_CHARS else None
     if match is None:
         return None
     *random, part = match.groups()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import heapq
 import os
-from binascii import b2a_base64
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,6 +25,7 @@ from areal_fast.protocol.sessions import SessionState
 from areal_fast.shards import ShardStore
 from areal_fast.shards.routed import Garbage
 from areal_fast.store import cleanup, exporting
+from areal_fast.store.drawn import Drawn
 from areal_fast.store.exporting import Export
 from areal_fast.store.folds import MAX_FOLD_BYTES, FoldCache
 from areal_fast.store.session import Session
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from areal_fast.core._core import Arena
 
 HITL_SESSION_ID = "__hitl__"
-KEY_BYTES = 32
-GROUP_ID_BYTES = 16
-_URL_SAFE = bytes.maketrans(b"+/", b"-_")
 SCAN_PAGE = 1024
 MAX_READY_EVENTS = 65536
 
@@ -94,6 +91,7 @@ class SessionStore:
         self.ready_events: deque[ReadyEvent] = deque(maxlen=MAX_READY_EVENTS)
         self.on_ready: Callable[[Told], None] | None = None
         self._made_ready = 0
+        self._drawn = Drawn()
         self.now_ns: Callable[[], int] = clock or arena.now_ns
         self._deadlines: list[tuple[int, int]] = []
         self._unsettled: list[tuple[int, bool, list[Session]]] = []
@@ -129,16 +127,15 @@ class SessionStore:
         size = max(group_size, 1)
         task = task_id.encode()
         if size == 1:
-            chance = os.urandom(KEY_BYTES + GROUP_ID_BYTES)  # one system call for both
-            key = api_key or _key(chance[:KEY_BYTES])
+            key = api_key or self._drawn.key()
             session_id = self._start_one(task, key, 0)[1]
-            return StartedGroup(_group_id(chance[KEY_BYTES:]), [(session_id, key)])
+            return StartedGroup(self._drawn.group_id(), [(session_id, key)])
         txn = self.arena.txn_begin()
         slots: list[int] = []
         started: list[tuple[str, str]] = []
         try:
             for i in range(size):
-                key = (api_key if i == 0 else None) or _key(os.urandom(KEY_BYTES))
+                key = (api_key if i == 0 else None) or self._drawn.key()
                 slot, session_id = self._start_one(task, key, txn)
                 slots.append(slot)
                 if self.note_members:
@@ -149,7 +146,7 @@ class SessionStore:
             raise
         self.arena.txn_commit(txn)
         self._settle_group(txn, True, slots)
-        return StartedGroup(_group_id(os.urandom(GROUP_ID_BYTES)), started)
+        return StartedGroup(self._drawn.group_id(), started)
 
     def _start_one(self, task: bytes, key: str, txn: int) -> tuple[int, str]:
         """The new session's slot and id."""
@@ -374,14 +371,3 @@ class SessionStore:
     def dump_all(self, dump_path: str | None, deadline_ns: int) -> cleanup.CleanupReport:
         """At the end of service: dump every live session, most valuable first, until `deadline_ns`."""
         return self.cleaner.dump_all(dump_path or None, deadline_ns)
-
-
-def _key(chance: bytes) -> str:
-    """A session's key: 32 random bytes, url-safe base64 without padding."""
-    return b2a_base64(chance, newline=False).translate(_URL_SAFE, b"=").decode()
-
-
-def _group_id(chance: bytes) -> str:
-    """`grp-` and a random UUID (version 4)."""
-    x = chance.hex()
-    return f"grp-{x[:8]}-{x[8:12]}-4{x[13:16]}-{'89ab'[int(x[16], 16) & 3]}{x[17:20]}-{x[20:]}"

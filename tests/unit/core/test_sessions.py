@@ -231,6 +231,22 @@ def test_words_and_counters(arena):
     assert arena.counters()[5] == 42
 
 
+def test_a_histogram_counts_each_value_once(arena):
+    found = arena.histogram(40, (0, 10, 20))
+    for value, beside in ((0, 0), (10, 1), (11, 1), (20, 0), (21, 2), (1 << 40, 2)):
+        found.observe(value, beside)
+    assert arena.counters()[40:49] == [1, 1, 2, 2, 62 + (1 << 40), 2, 2, 2, 0]
+    with pytest.raises(BadArgument):
+        arena.histogram(40, (10, 0))
+    with pytest.raises(BadArgument):
+        arena.histogram(40, range(33))
+    with pytest.raises(TypeError):
+        type(found)()
+    arena.close()
+    with pytest.raises(BadArgument):
+        found.observe(1, 0)
+
+
 def test_processes_come_and_go(arena):
     assert arena.proc_info(arena.proc) == (0, 0, 0)
     assert arena.proc_enter(77) == 1
