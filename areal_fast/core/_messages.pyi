@@ -1,14 +1,15 @@
 """Messages that were seen before, found again in a chat's body by their bytes. One thread's. Nothing here
 knows the arena, templates or tokenizers, and of JSON only how a plain message is written: a Maker does."""
 
-from typing import Any, Protocol, final
+from typing import Any, Protocol, final, type_check_only
 
 @final
 class Context:
     """What stands around a content, up to the special token that ends its segment (none: the text's end), and
-    whether the content stands there without the blanks around it."""
+    whether the content stands there without the blanks around it. `inner`, where it is not None, says more of
+    it, to the Maker."""
 
-    def __new__(cls, before: str, after: str, until: str, trim: bool) -> Context: ...
+    def __new__(cls, before: str, after: str, until: str, trim: bool, inner: Any = None) -> Context: ...
     @property
     def before(self) -> str: ...
     @property
@@ -17,15 +18,17 @@ class Context:
     def until(self) -> str: ...
     @property
     def trim(self) -> bool: ...
+    @property
+    def inner(self) -> Any: ...
 
 @final
 class Message:
     """A message as it stood in a body."""
 
-    def __new__(cls, role: int) -> Message:
-        """BadArgument: the role is no number from 0 to 255."""
+    def __new__(cls, form: int) -> Message:
+        """BadArgument: the form is no number from 0 to 255."""
     @property
-    def role(self) -> int: ...
+    def form(self) -> int: ...
     @property
     def context(self) -> Context | None:
         """In what surroundings it has `ids`; None: it has none yet."""
@@ -55,8 +58,8 @@ class Plan:
 
 @final
 class Rest:
-    """A chat but for its messages, and the plans for chats like it by their roles (a byte each); None:
-    there is none, nor will be."""
+    """A chat but for its messages, and the plans for chats like it by their messages' forms (a byte each);
+    None: there is none, nor will be."""
 
     def __new__(cls, chat: Any, plans: dict[bytes, list[Plan] | None]) -> Rest: ...
     @property
@@ -64,21 +67,29 @@ class Rest:
     @property
     def plans(self) -> dict[bytes, list[Plan] | None]: ...
 
+@type_check_only
 class Maker(Protocol):
     """Who makes what is not known yet. Whatever it raises comes out of `take`."""
 
     def rest(self, before: bytes, after: bytes) -> Rest | None:
         """The body's beginning up to the array of messages, and its end from there. None: not to be taken."""
-    def read(self, text: bytes) -> tuple[str, str] | None:
-        """Role and content of a message that is not plain; None: not to be taken."""
-    def answer(self, message: Message, content: str) -> None:
+    def read(self, text: bytes) -> tuple[str | bytes, str | tuple[str, ...]] | None:
+        """Form and content of a message that is not plain; None: not to be taken. What is plain (a role, then
+        a content) has its role as form and a str as content; others have other forms."""
+    def answer(self, message: Message, content: str | tuple[str, ...]) -> None:
         """Set `asked` and `answers`: to be called again when there are more questions."""
-    def plan(self, rest: Rest, roles: bytes, names: list[str], contents: list[str]) -> Plan | None:
-        """A plan for these messages, kept in rest.plans; None: not to be taken."""
+    def plan(
+        self, rest: Rest, forms: bytes, names: list[str | bytes], contents: list[str | tuple[str, ...]]
+    ) -> Plan | None:
+        """A plan for these messages, kept in rest.plans; None: not to be taken. `names`: their forms."""
     def is_cut(self, segment: str, until: str) -> bool:
         """Does `until`, where it is not empty, cut `segment` + `until` there, and nothing else before?"""
     def encode(self, segment: str, work: int) -> tuple[bytes, int] | None:
         """int32 ids of text in which nothing cuts, and how much work that was; None: more than `work`."""
+    def encode_parts(
+        self, context: Context, content: str | tuple[str, ...], work: int
+    ) -> tuple[bytes, int] | None:
+        """The same for a content in a context with `inner`; None also where it is not cut as it should be."""
 
 @final
 class KnownMessages:

@@ -44,8 +44,8 @@ cdef enum:
     REST_BYTES = 900
     REST_BYTES_A_BYTE = 12
     MAX_MESSAGES = 512      # of a chat that is taken
-    MAX_ROLES = 64
-    MAX_ROLE_CHARS = 64
+    MAX_FORMS = 128
+    MAX_FORM = 512          # characters
     MAX_STARTS = 8          # characters that are looked for one by one
     MAX_REST = 1 << 16      # a longer one is not kept
 
@@ -56,29 +56,25 @@ cdef class Context:
     cdef readonly str after
     cdef readonly str until
     cdef readonly bint trim
+    cdef readonly object inner
 
-    def __cinit__(self, str before not None, str after not None, str until not None, bint trim):
-        self.before, self.after, self.until, self.trim = before, after, until, trim
-
-    cdef str segment(self, str content):
-        if self.trim:
-            content = content.strip()
-        return self.before + content + self.after
+    def __cinit__(self, str before not None, str after not None, str until not None, bint trim, inner=None):
+        self.before, self.after, self.until, self.trim, self.inner = before, after, until, trim, inner
 
 
 @cython.final
 cdef class Message:
-    cdef readonly int role
+    cdef readonly int form
     cdef readonly Context context
     cdef readonly bytes ids
     cdef bytes digest
     cdef public uint64_t asked
     cdef public uint64_t answers
 
-    def __cinit__(self, int role):
-        if not 0 <= role < 256:
-            raise BadArgument("a role is a number from 0 to 255")
-        self.role, self.context, self.ids, self.digest = role, None, b"", None
+    def __cinit__(self, int form):
+        if not 0 <= form < 256:
+            raise BadArgument("a form is a number from 0 to 255")
+        self.form, self.context, self.ids, self.digest = form, None, b"", None
 
 
 cdef struct guard:
@@ -174,7 +170,7 @@ cdef class KnownMessages:
     cdef Py_ssize_t half_bytes
     cdef dict rests
     cdef Py_ssize_t rest_bytes
-    cdef dict roles
+    cdef dict forms
     cdef object maker
     cdef str starts     # of the texts that cut
     cdef af_digest_key key
@@ -182,7 +178,7 @@ cdef class KnownMessages:
 
     def __cinit__(self, Py_ssize_t limit_bytes, maker, str starts not None):
         cdef bytes seed = os.urandom(16)
-        self.young, self.old, self.rests, self.roles = {}, {}, {}, {}
+        self.young, self.old, self.rests, self.forms = {}, {}, {}, {}
         self.half_bytes = limit_bytes // 2
         self.maker, self.starts = maker, starts
         af_digest_key_make(&self.key, <const uint8_t *> PyBytes_AS_STRING(seed))
@@ -269,12 +265,12 @@ cdef class KnownMessages:
         fields = self.read(text, i)
         if fields is None:
             return None
-        role, content = fields
-        number = self.roles.get(role)
+        form, content = fields
+        number = self.forms.get(form)
         if number is None:
-            if len(self.roles) == MAX_ROLES or len(role) > MAX_ROLE_CHARS:
+            if len(self.forms) == MAX_FORMS or len(form) > MAX_FORM:
                 return None
-            number = self.roles[role] = len(self.roles)
+            number = self.forms[form] = len(self.forms)
         m = Message(number)
         m.digest = self.digest(text, i)
         self.maker.answer(m, content)
@@ -282,28 +278,31 @@ cdef class KnownMessages:
         return m
 
     cdef object read(self, const char *text, Py_ssize_t i):
-        """Role and content, or None."""
+        """Form and content, or None."""
         cdef af_plain_message plain
         cdef const char *first = text + self.ranges[i].start
         cdef Py_ssize_t size = <Py_ssize_t> (self.ranges[i].stop - self.ranges[i].start)
-        if af_message_read(first, <size_t> size, &plain):
+        if af_message_read(first, <size_t> size, &plain) and plain.role.start < plain.content.start:
             try:
                 return unescaped(first, plain.role), unescaped(first, plain.content)
             except UnicodeDecodeError:
                 return None
         return self.maker.read(PyBytes_FromStringAndSize(first, size))
 
-    cdef str content(self, const char *text, Py_ssize_t i, dict contents):
+    cdef object content(self, const char *text, Py_ssize_t i, dict contents):
         content = contents.get(i)
         if content is None:
             _, content = self.read(text, i)  # that was possible before
         return content
 
-    cdef tuple encoded(self, Context context, str content, Py_ssize_t work):
+    cdef tuple encoded(self, Context context, content, Py_ssize_t work):
         """(ids, work it was), or None: more than `work`, or the content is not cut off as it should be."""
-        cdef str segment = context.segment(content)
+        cdef str segment
         cdef Py_UCS4 c
         cdef bint maybe = len(self.starts) > MAX_STARTS
+        if context.inner is not None or type(content) is not str:
+            return self.maker.encode_parts(context, content, work)
+        segment = context.before + ((<str> content).strip() if context.trim else <str> content) + context.after
         if not maybe:
             for c in self.starts:
                 if PyUnicode_FindChar(segment, c, 0, len(segment), 1) >= 0:
@@ -339,13 +338,13 @@ cdef class KnownMessages:
         self.rest_bytes = 0
 
     cdef Plan plan_of(self, const char *text, Rest rest, list messages, dict contents):
-        """The plan for these roles whose guards these messages meet, or None."""
+        """The plan for these forms whose guards these messages meet, or None."""
         cdef Py_ssize_t n = len(messages), i, place
         cdef Plan plan
-        cdef bytes roles = PyBytes_FromStringAndSize(NULL, n)
+        cdef bytes forms = PyBytes_FromStringAndSize(NULL, n)
         for i in range(n):
-            PyBytes_AS_STRING(roles)[i] = <char> (<Message> messages[i]).role
-        plans = rest.plans.get(roles, ())
+            PyBytes_AS_STRING(forms)[i] = <char> (<Message> messages[i]).form
+        plans = rest.plans.get(forms, ())
         if plans is None:
             return None
         for plan in plans:
@@ -355,8 +354,8 @@ cdef class KnownMessages:
                 place = plan.unmet(messages)
             if place == MET:
                 return plan
-        names = list(self.roles)
-        return self.maker.plan(rest, roles, [names[role] for role in roles],
+        names = list(self.forms)
+        return self.maker.plan(rest, forms, [names[form] for form in forms],
                                [self.content(text, i, contents) for i in range(n)])
 
     @property

@@ -13,11 +13,11 @@ about once.
 The digests are keyed by what nobody outside knows and nothing shows, so bodies cannot be made to be taken for
 others (csrc/messages.h).
 
-That is done for messages of a role and a content, both text, for templates that have skeletons and
-tokenizers that have segments, and where every message's segment is cut off as the skeleton says, which is
-checked for each: a content that spells a special token, alone or together with its surroundings, is none of
-these. For everything else `take` says None, and the chat goes the general way; so it does where new text is
-too long for the loop.
+That is done for messages of a role and a content, both text, and for tool calls and their results (`_form`),
+for templates that have skeletons and tokenizers that have segments, and where every message's segment is cut
+off as the skeleton says, which is checked for each: a content that spells a special token, alone or together
+with its surroundings, is none of these. For everything else `take` says None, and the chat goes the general
+way; so it does where new text is too long for the loop.
 
 Why a message's check is enough for the whole text: the scanner takes the leftmost special token, then the
 longest. No special token lies within another (or this is off), so none that begins before or at the one that
@@ -39,17 +39,28 @@ import msgspec
 
 from areal_fast.core._messages import Context, KnownMessages, Message, Plan, Rest
 from areal_fast.engine.segments import Prompt, SegmentEncoder
-from areal_fast.engine.skeletons import Check, Guard, Skeleton, Tracer, answer
+from areal_fast.engine.skeletons import Check, Form, Guard, Skeleton, Slot, Tracer, Written, answer, plain
 from areal_fast.engine.templates import ChatTemplate
-from areal_fast.protocol.chat import MESSAGES_TAKEN, BadChat, ChatRequest, decode_chat
+from areal_fast.protocol.chat import (
+    MESSAGES_TAKEN,
+    BadChat,
+    ChatRequest,
+    as_object,
+    decode_chat,
+    without_nulls,
+)
 
 _MAX_PLAN_BYTES = 4 << 20  # of all plans and what they share, about
-_PLAN_BYTES_A_MESSAGE = 64
+_PLAN_BYTES_A_MESSAGE = 128
 _PLAN_BYTES_A_SHAPE = 300
 _PLAN_BYTES_A_TOOL_BYTE = 8  # key, literals as text and ids
 _MAX_QUESTIONS = 60  # different ones: they are bits
 _MAX_SKELETONS_A_SHAPE = 8
+_HOPELESS_FORM = 16  # shapes without a skeleton that a form was in, and none with one
 _HOPELESS = 64  # shapes without a skeleton, and none with one: the template has none
+
+_TEXTS = frozenset({"content", "name", "tool_call_id", "reasoning_content"})
+_MAX_CALLS = 16
 
 _message_decoder = msgspec.json.Decoder(dict[str, Any])
 _encode = msgspec.json.Encoder().encode
@@ -70,11 +81,15 @@ class KnownChats:
         self._template = template
         self._plans: dict[bytes, dict[bytes, list[Plan] | None]] = {}  # by tools and kwargs, then by roles
         self._plan_bytes = 0
-        self._contexts: dict[tuple[str, str, str, bool], Context] = {}
+        self._contexts: dict[tuple[str, str, str, bool, Any], Context] = {}
         self._literals: dict[str, bytes] = {}
-        self._questions: list[tuple[Check, str]] = []
+        self._questions: list[tuple[int, Check, str]] = []
         self._hopes = _HOPELESS
+        self._form_hopes: dict[str | bytes, int] = {}  # -1: it was in a skeleton
         self.encode = segments.segment_within
+        self.object_arguments = False
+        """Do templates get tool calls' arguments as objects (protocol.chat.with_object_arguments)? To be set
+        before the first `take`."""
         starts = "".join({token[0]: None for token in segments.tokens})
         self._messages = KnownMessages(limit_bytes, self, starts)
 
@@ -101,23 +116,26 @@ class KnownChats:
             plans = self._plans[shape] = {}
         return Rest(chat, plans)
 
-    def read(self, text: bytes) -> tuple[str, str] | None:
-        """Role and content of a message. None: it is not of this kind, or cannot be read."""
+    def read(self, text: bytes) -> tuple[str | bytes, str | tuple[str, ...]] | None:
+        """Form and content of a message. None: it is not of this kind, or cannot be read."""
         try:
-            fields = _message_decoder.decode(text)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            fields = without_nulls(_message_decoder.decode(text))
+            role, content = fields.get("role"), fields.get("content")
+            if list(fields) == ["role", "content"] and isinstance(role, str) and isinstance(content, str):
+                return role, content
+            texts: list[str] = []
+            members = _form(fields, texts, self.object_arguments)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, _OtherForm):
             return None
-        given = {name: value for name, value in fields.items() if value is not None}
-        role, content = given.get("role"), given.get("content")
-        if len(given) != 2 or not isinstance(role, str) or not isinstance(content, str):
-            return None
-        return role, content
+        return _encode(members), tuple(texts)
 
-    def answer(self, message: Message, content: str) -> None:
+    def answer(self, message: Message, content: str | tuple[str, ...]) -> None:
         """Every question so far."""
+        texts = (content,) if isinstance(content, str) else content
         answers = 0
-        for bit, (check, text) in enumerate(self._questions):
-            answers |= answer(content, check, text) << bit
+        for bit, (slot, check, text) in enumerate(self._questions):
+            if slot < len(texts):
+                answers |= answer(texts[slot], check, text) << bit
         message.asked, message.answers = (1 << len(self._questions)) - 1, answers
 
     def is_cut(self, segment: str, until: str) -> bool:
@@ -126,25 +144,63 @@ class KnownChats:
         parts = self._cut.split(segment + until)
         return parts == ([segment, until, ""] if until else [segment])
 
+    def encode_parts(
+        self, context: Context, content: str | tuple[str, ...], work: int
+    ) -> tuple[bytes, int] | None:
+        """The ids of a message's texts with what stands between and around them, and how much work that was.
+        None: more than `work`, or other special tokens are in it than the template's."""
+        assert self._cut is not None
+        parts = [context.before]
+        try:
+            for how, following in context.inner:
+                parts[-1] += how.shown(content[how.slot.number])
+                inside = self._cut.split(following)
+                parts[-1] += inside[0]
+                parts += inside[1:]
+        except (ValueError, RecursionError):
+            return None
+        parts[-1] += context.after
+        until = context.until
+        if self._cut.split("".join(parts) + until) != (parts + [until, ""] if until else parts):
+            return None
+        found, left = [], work
+        for part in filter(None, parts):
+            new = self.encode(part, left)
+            if new is None:
+                return None
+            found.append(new[0])
+            left -= new[1]
+        return b"".join(found), work - left
+
     # -- plans: skeletons with their literals encoded
     # ---------------------------------------------------------------------------------------------
 
-    def plan(self, rest: Rest, roles: bytes, names: list[str], contents: list[str]) -> Plan | None:
+    def plan(
+        self, rest: Rest, forms: bytes, names: list[str | bytes], contents: list[str | tuple[str, ...]]
+    ) -> Plan | None:
         """A new plan for these messages, kept for others like them. None: there is none."""
-        plans = rest.plans.get(roles) or []
+        plans = rest.plans.get(forms) or []
         if len(plans) >= _MAX_SKELETONS_A_SHAPE:
             return None
-        chat: ChatRequest = rest.chat
-        new = self._traced(names, contents, chat.tools, chat.template_kwargs)
-        self._count(_PLAN_BYTES_A_MESSAGE * len(roles))
+        new = None
+        if all(self._form_hopes.get(name, _HOPELESS_FORM) for name in names):
+            chat: ChatRequest = rest.chat
+            known = [plain(name) if isinstance(name, str) else _known_form(name) for name in names]
+            texts = [(content,) if isinstance(content, str) else content for content in contents]
+            new = self._traced(known, texts, chat.tools, chat.template_kwargs)
+            for name in names:
+                left = self._form_hopes.get(name, _HOPELESS_FORM)
+                self._form_hopes[name] = -1 if new is not None else max(left - 1, min(left, 0))
+        self._count(_PLAN_BYTES_A_MESSAGE * len(forms))
         if new is None:
-            rest.plans[roles] = None
+            # other texts in these forms had one, and may have it again; what was tried in vain takes a place
+            rest.plans[forms] = [*plans, plans[-1]] if plans else None
             self._hopes -= 1
             if self._hopes == 0:
                 self._cut = None
             return None
         self._hopes = -1
-        rest.plans[roles] = [*plans, new]
+        rest.plans[forms] = [*plans, new]
         return new
 
     def _count(self, size: int) -> None:
@@ -161,24 +217,36 @@ class KnownChats:
 
     def _traced(
         self,
-        roles: list[str],
-        contents: list[str],
+        forms: list[Form],
+        texts: list[tuple[str, ...]],
         tools: list[dict[str, Any]] | None,
         kwargs: Mapping[str, Any],
     ) -> Plan | None:
-        skeleton = self._tracer.trace(roles, contents, tools, kwargs)
+        skeleton = self._tracer.trace(forms, texts, tools, kwargs)
         if skeleton is None:
             return None
-        said = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-        if skeleton.text(contents) != self._template.render(said, tools, kwargs):
-            return None  # never: a second look at the one claim that all rests on
-        return self._lay(skeleton)
+        said = [form.said(each) for form, each in zip(forms, texts, strict=True)]
+        try:
+            if skeleton.text(texts) != self._template.render(said, tools, kwargs):
+                return None  # never: a second look at the one claim that all rests on
+        except (ValueError, RecursionError):
+            return None
+        return self._lay(skeleton, forms)
 
-    def _lay(self, skeleton: Skeleton) -> Plan | None:
-        """The skeleton's literals cut at special tokens and encoded. None: they do not keep contents apart,
+    def _lay(self, skeleton: Skeleton, forms: list[Form]) -> Plan | None:
+        """The skeleton's literals cut at special tokens and encoded. None: they do not keep messages apart,
         or are too much work, or guards are too many."""
         assert self._cut is not None
-        cut = [self._cut.split(literal) for literal in skeleton.literals]
+        # of each message what is written, and what follows that before the message's next; between messages
+        # the literals that keep them apart
+        inner: list[list[tuple[Written, str]]] = [[] for _ in forms]
+        outer = [skeleton.literals[0]]
+        for (place, how), following in zip(skeleton.written, skeleton.literals[1:], strict=True):
+            if inner[place]:
+                inner[place][-1] = inner[place][-1][0], outer.pop()
+            inner[place].append((how, ""))
+            outer.append(following)
+        cut = [self._cut.split(literal) for literal in outer]
         if any(len(parts) < 3 for parts in cut[1:-1]):
             return None
         guards = self._guards(skeleton.guards)
@@ -187,10 +255,12 @@ class KnownChats:
         if guards is None or None in literals:
             return None
         contexts = []
-        for i, trim in enumerate(skeleton.trimmed):
-            following = cut[i + 1]
-            until = following[1] if len(following) > 1 else ""
-            key = cut[i][-1], following[0], until, trim
+        for i, form in enumerate(forms):
+            behind = cut[i + 1]
+            until = behind[1] if len(behind) > 1 else ""
+            how = inner[i][0][0]
+            is_plain = form.is_plain and how.way != "json"
+            key = cut[i][-1], behind[0], until, how.way == "trim", None if is_plain else tuple(inner[i])
             context = self._contexts.get(key)
             if context is None:
                 context = self._contexts[key] = Context(*key)
@@ -209,8 +279,8 @@ class KnownChats:
     def _guards(self, guards: tuple[Guard, ...]) -> tuple[tuple[int, int, int], ...] | None:
         """A plan's guards, one a message."""
         found: dict[int, tuple[int, int]] = {}
-        for index, check, text, holds in guards:
-            question = check, text
+        for index, slot, check, text, holds in guards:
+            question = slot, check, text
             if question not in self._questions:
                 if len(self._questions) == _MAX_QUESTIONS:
                     return None
@@ -223,3 +293,64 @@ class KnownChats:
 
 def _none_within_another(tokens: list[str]) -> bool:
     return not any(a is not b and a in b for a in tokens for b in tokens)
+
+
+class _OtherForm(Exception):
+    """A message is not of the kind that is taken."""
+
+
+def _form(fields: dict[str, Any], texts: list[str], objects: bool) -> dict[str, Any]:
+    """What `fields`, a message, have beside their texts, as JSON that a Form can be made of: a number stands
+    for a text, which goes into `texts`; and in a list by itself for the JSON text of an object. Raises
+    _OtherForm."""
+    members: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name == "role" and isinstance(value, str):
+            members[name] = value
+        elif name in _TEXTS and isinstance(value, str):
+            members[name] = _slot(value, texts)
+        elif name == "tool_calls" and isinstance(value, list) and 0 < len(value) <= _MAX_CALLS:
+            members[name] = [_call(call, texts, objects) for call in value]
+        else:
+            raise _OtherForm
+    if "role" not in members:
+        raise _OtherForm
+    return members
+
+
+def _call(call: Any, texts: list[str], objects: bool) -> dict[str, Any]:
+    members: dict[str, Any] = {}
+    if not isinstance(call, dict):
+        raise _OtherForm
+    for name, value in call.items():
+        if name == "type" and value == "function":
+            members[name] = value
+        elif name == "id" and isinstance(value, str):
+            members[name] = _slot(value, texts)
+        elif name == "function" and isinstance(value, dict) and value.keys() == {"name", "arguments"}:
+            members[name] = {each: _slot(said, texts) for each, said in value.items()}
+            if objects and as_object(value["arguments"]) is not None:
+                members[name]["arguments"] = [members[name]["arguments"]]
+        else:
+            raise _OtherForm
+    return members
+
+
+def _slot(value: Any, texts: list[str]) -> int:
+    if not isinstance(value, str):
+        raise _OtherForm
+    texts.append(value)
+    return len(texts) - 1
+
+
+def _known_form(name: bytes) -> Form:
+    """Of what `_form` made, as JSON."""
+
+    def slots(value: Any) -> Any:
+        if isinstance(value, int):
+            return Slot(value)
+        if isinstance(value, list):
+            return Slot(value[0], is_object=True) if type(value[0]) is int else list(map(slots, value))
+        return {each: slots(inner) for each, inner in value.items()} if isinstance(value, dict) else value
+
+    return Form(slots(msgspec.json.decode(name)))

@@ -18,8 +18,11 @@ Some templates do look, in one way: is the content empty, does it begin with, en
 the skeleton (`Guard`). And some write the content without the blanks around it (Llama 3, Gemma): a hole can
 be trimmed.
 
+Not only contents: a message's other texts (tool calls' names and arguments) are holes, too, which a template
+may leave out or write as JSON; what is not text (which members there are) belongs to the shape (`Form`).
+
 A template that does more than that has no skeletons, and is rendered as ever. Invariant: for messages of a
-skeleton's shape that meet its guards, `text(contents)` is what ChatTemplate.render returns.
+skeleton's shape that meet its guards, `text` is what ChatTemplate.render returns.
 """
 
 from __future__ import annotations
@@ -30,34 +33,108 @@ from typing import Any, Literal, NamedTuple, cast
 import jinja2
 import jinja2.compiler
 import jinja2.nodes
+import msgspec
 
-from areal_fast.engine.templates import ChatTemplate, SandboxEnvironment, prepared
+from areal_fast.engine.templates import ChatTemplate, SandboxEnvironment, prepared, tojson
 
 Check = Literal["startswith", "endswith", "contains", "nonempty"]
+Way = Literal["text", "trim", "json"]
 MAX_GUARDS = 4096
 
 
 class Guard(NamedTuple):
-    """A condition on the content of message `place`: does it start with, end with, contain `text`? Is it
+    """A condition on text `slot` of message `place`: does it start with, end with, contain `text`? Is it
     nonempty?"""
 
     place: int
+    slot: int
     check: Check
     text: str
     holds: bool
 
 
+class Slot(NamedTuple):
+    """Where one of a message's texts stands in it. `is_object`: it is the JSON text of an object, and the
+    template gets the object."""
+
+    number: int
+    is_object: bool = False
+
+
+class Form(NamedTuple):
+    """A message without its texts: dictionaries, lists and constants, with Slots numbered from 0."""
+
+    members: dict[str, Any]
+
+    def filled(self, values: Sequence[Any]) -> dict[str, Any]:
+        """The message with these values in its slots."""
+        filled: dict[str, Any] = _filled(self.members, values)
+        return filled
+
+    def said(self, texts: Sequence[str]) -> dict[str, Any]:
+        """The message as templates get it."""
+        slots = self.slots()
+        return self.filled([_value(slot, text) for slot, text in zip(slots, texts, strict=True)])
+
+    @property
+    def is_plain(self) -> bool:
+        """A role, then a content, both text?"""
+        return list(self.members) == ["role", "content"] and type(self.members["content"]) is Slot
+
+    def slots(self) -> list[Slot]:
+        """In the order of their numbers."""
+        return sorted(_slots(self.members))
+
+
+def plain(role: str) -> Form:
+    """Of a message of a role and then a content."""
+    return Form({"role": role, "content": Slot(0)})
+
+
+def _filled(value: Any, values: Sequence[Any]) -> Any:
+    if type(value) is Slot:
+        return values[value.number]
+    if type(value) is dict:
+        return {name: _filled(each, values) for name, each in value.items()}
+    return [_filled(each, values) for each in value] if type(value) is list else value
+
+
+def _slots(value: Any) -> list[Slot]:
+    if type(value) is Slot:
+        return [value]
+    inner = value.values() if type(value) is dict else value if type(value) is list else ()
+    return [slot for each in inner for slot in _slots(each)]
+
+
+def _value(slot: Slot, text: str) -> Any:
+    return msgspec.json.decode(text) if slot.is_object else text
+
+
+class Written(NamedTuple):
+    """How a text stands in the prompt: as it is, without the blanks around it, or by the filter tojson."""
+
+    slot: Slot
+    way: Way
+
+    def shown(self, text: str) -> str:
+        """Raises what json.dumps raises."""
+        if self.way == "json":
+            return tojson(_value(self.slot, text))
+        return text.strip() if self.way == "trim" else text
+
+
 class Skeleton(NamedTuple):
-    """`literals[i]` stands before the i-th content, the last one behind all. `trimmed[i]`: it stands there
-    without the blanks around it. Contents are those of all messages in order."""
+    """`literals[i]` stands before the i-th text that is written, the last one behind all. `written`: of each
+    the message's place, and how. The texts of a message are together, messages are in order, and none writes
+    nothing."""
 
     literals: tuple[str, ...]
-    trimmed: tuple[bool, ...]
+    written: tuple[tuple[int, Written], ...]
     guards: tuple[Guard, ...]
 
-    def text(self, contents: Sequence[str]) -> str:
-        """The prompt's text."""
-        shown = [c.strip() if trim else c for c, trim in zip(contents, self.trimmed, strict=True)]
+    def text(self, texts: Sequence[Sequence[str]]) -> str:
+        """The prompt's text; `texts` of each message."""
+        shown = [how.shown(texts[place][how.slot.number]) for place, how in self.written]
         return "".join(
             [*(x for pair in zip(self.literals, shown, strict=False) for x in pair), self.literals[-1]]
         )
@@ -81,12 +158,12 @@ def _observed(*_args: Any, **_kwargs: Any) -> Any:
 
 
 class _Hole:
-    """Stands for a content; see above. Its fields are read by `_field` alone."""
+    """Stands for a text; see above. Its fields are read by `_field` alone."""
 
-    __slots__ = ("content", "guards", "index", "trim")
+    __slots__ = ("content", "guards", "how", "index")
 
-    def __init__(self, index: int, content: str, guards: list[Guard], trim: bool = False) -> None:
-        for name, value in (("index", index), ("content", content), ("guards", guards), ("trim", trim)):
+    def __init__(self, index: int, how: Written, content: str, guards: list[Guard]) -> None:
+        for name, value in (("index", index), ("how", how), ("content", content), ("guards", guards)):
             object.__setattr__(self, name, value)
 
     def __getattribute__(self, name: str) -> Any:
@@ -117,7 +194,7 @@ class _Text:
         for piece in pieces:
             if type(piece) is _Text:
                 flat += cast("list[Any]", _field(piece, "pieces"))
-            elif type(piece) is str or type(piece) is _Hole:
+            elif type(piece) is str or (type(piece) is _Hole and not _is_object(piece)):
                 flat.append(piece)
             else:
                 raise Observed  # text + number and the like is an error, which rendering reports
@@ -155,25 +232,32 @@ def _field(opaque: _Hole | _Text, name: str) -> Any:
     return object.__getattribute__(opaque, name)
 
 
+def _is_object(hole: _Hole) -> bool:
+    how: Written = _field(hole, "how")
+    return how.slot.is_object and how.way != "json"
+
+
 def _is_opaque(value: Any) -> bool:
     return type(value) is _Hole or type(value) is _Text
 
 
 def _guarded(hole: _Hole, check: Check, text: Any) -> bool:
     guards: list[Guard] = _field(hole, "guards")
-    if type(text) is not str or _field(hole, "trim") or len(guards) >= MAX_GUARDS:
+    how: Written = _field(hole, "how")
+    if type(text) is not str or how.way != "text" or how.slot.is_object or len(guards) >= MAX_GUARDS:
         raise Observed
     holds = answer(_field(hole, "content"), check, text)
-    guards.append(Guard(_field(hole, "index"), check, text, holds))
+    guards.append(Guard(_field(hole, "index"), how.slot.number, check, text, holds))
     return holds
 
 
-# what every str answers alike
+# what every str answers alike, and every dict
 _TESTS = {
     "defined": True, "undefined": False, "none": False, "string": True, "mapping": False, "iterable": True,
     "sequence": True, "number": False, "integer": False, "float": False, "boolean": False, "true": False,
     "false": False, "callable": False,
 }  # fmt: skip
+_OBJECT_TESTS = {**_TESTS, "string": False, "mapping": True}
 
 
 class _Generator(jinja2.compiler.CodeGenerator):
@@ -212,6 +296,8 @@ class _Environment(SandboxEnvironment):
         for name, filter in list(self.filters.items()):
             if name == "trim":
                 self.filters[name] = _trim
+            elif name == "tojson":
+                self.filters[name] = _json
             elif name not in ("default", "d"):
                 self.filters[name] = _observed if name == "random" else _unseen(filter)
         self.globals.update(strftime_now=_observed, lipsum=_observed)
@@ -251,9 +337,29 @@ class _Question:
 def _trim(value: Any, *chars: Any) -> Any:
     if type(value) is str:
         return value.strip(*chars)
-    if type(value) is not _Hole or chars:
+    if chars:
         raise Observed
-    return _Hole(_field(value, "index"), _field(value, "content"), _field(value, "guards"), True)
+    return _shown(value, "trim")
+
+
+def _json(value: Any, *args: Any, **kwargs: Any) -> Any:
+    if not _is_opaque(value):
+        return _unseen(tojson)(value, *args, **kwargs)
+    if args or kwargs:
+        raise Observed
+    return _shown(value, "json")
+
+
+def _shown(value: Any, way: Way) -> _Hole:
+    """A hole in another way."""
+    if type(value) is not _Hole:
+        raise Observed
+    how: Written = _field(value, "how")
+    if how.way not in ("text", way) or way == how.way == "json" or (how.slot.is_object and way != "json"):
+        raise Observed
+    return _Hole(
+        _field(value, "index"), Written(how.slot, way), _field(value, "content"), _field(value, "guards")
+    )
 
 
 def _passing(function: Any, wrapper: Any) -> Any:
@@ -277,7 +383,8 @@ def _test(name: str, function: Any) -> Any:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and _is_opaque(args[0]) and name in _TESTS:
-            return _TESTS[name]
+            is_object = type(args[0]) is _Hole and _is_object(args[0])
+            return (_OBJECT_TESTS if is_object else _TESTS)[name]
         return unseen(*args, **kwargs)
 
     return _passing(function, call)
@@ -295,19 +402,24 @@ class Tracer:
 
     def trace(
         self,
-        roles: Sequence[str],
-        contents: Sequence[str],
+        forms: Sequence[Form],
+        texts: Sequence[Sequence[str]],
         tools: Sequence[dict[str, Any]] | None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> Skeleton | None:
-        """The skeleton of messages {role, content}, these tools and template kwargs that holds for these
-        contents, among others; None: the template is not of this kind, or refuses them."""
+        """The skeleton of messages of these forms, tools and template kwargs that holds for these texts of
+        each, among others; None: the template is not of this kind, or refuses them."""
         if self._template is None:
             return None
         guards: list[Guard] = []
-        messages: list[dict[str, Any]] = [
-            {"role": role, "content": _Hole(i, content, guards)}
-            for i, (role, content) in enumerate(zip(roles, contents, strict=True))
+        messages = [
+            form.filled(
+                [
+                    _Hole(place, Written(slot, "text"), text, guards)
+                    for slot, text in zip(form.slots(), said, strict=True)
+                ]
+            )
+            for place, (form, said) in enumerate(zip(forms, texts, strict=True))
         ]
         try:
             pieces = _field(_Text(self._template.pieces(messages, tools, kwargs)), "pieces")
@@ -315,17 +427,19 @@ class Tracer:
             return None
         except Exception:  # whatever the template says against these messages, rendering will say it
             return None
-        literals, trimmed, written = [""], [], []
+        literals, written = [""], []
         for piece in pieces:
             if type(piece) is str:
                 literals[-1] += piece
             else:
-                written.append(_field(piece, "index"))
-                trimmed.append(_field(piece, "trim"))
+                written.append((_field(piece, "index"), _field(piece, "how")))
                 literals.append("")
-        if written != list(range(len(roles))):
-            return None  # a content left out, twice or elsewhere
-        return Skeleton(tuple(literals), tuple(trimmed), tuple(dict.fromkeys(guards)))
+        places = [place for place, _ in written]
+        if places != sorted(places) or set(places) != set(range(len(forms))):
+            return None  # a message left out, or taken apart
+        if len({(place, how.slot) for place, how in written}) != len(written):
+            return None  # twice: what for?
+        return Skeleton(tuple(literals), tuple(written), tuple(dict.fromkeys(guards)))
 
 
 def _traced_environment() -> _Environment:

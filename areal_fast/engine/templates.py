@@ -129,13 +129,14 @@ def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def _tojson(
+def tojson(
     value: Any,
     ensure_ascii: bool = False,
     indent: Any = None,
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
+    """The filter as transformers has it."""
     # json.dumps and not msgspec: its spaces after ':' and ',' are part of the prompt the model was trained on
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
@@ -150,7 +151,7 @@ def prepared(kind: type[_Kind]) -> _Kind:
     environment = kind(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = tojson
     environment.globals.update(
         raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace
     )

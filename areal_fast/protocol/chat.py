@@ -124,7 +124,7 @@ def decode_chat(body: bytes) -> ChatRequest:
             if type(value) is not str:
                 # something other than plain text: only then is there anything to drop or to take out
                 try:
-                    messages = [_without_nulls(each) for each in request.messages]
+                    messages = [without_nulls(each) for each in request.messages]
                 except RecursionError:
                     raise BadChat(_TOO_DEEP) from None
                 request.messages, images = extract_images(messages)
@@ -151,12 +151,12 @@ def _check(request: ChatRequest) -> None:
             raise BadChat(_not_a_mapping(nested))
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """`value` without members that are null, at every depth. Nulls in lists stay."""
     if type(value) is dict:
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if type(value) is list:
-        return [_without_nulls(item) for item in value]
+        return [without_nulls(item) for item in value]
     return value
 
 
@@ -204,11 +204,17 @@ def _call_with_object(call: Any) -> Any:
     arguments = function.get("arguments") if isinstance(function, dict) else None
     if not isinstance(arguments, str) or not isinstance(function, dict):
         return call
+    value = as_object(arguments)
+    return call if value is None else {**call, "function": {**function, "arguments": value}}
+
+
+def as_object(arguments: str) -> dict[str, Any] | None:
+    """A tool call's arguments, if they are the JSON text of an object."""
     try:
         value = msgspec.json.decode(arguments)
     except (msgspec.DecodeError, RecursionError, UnicodeError):
-        return call
-    return {**call, "function": {**function, "arguments": value}} if isinstance(value, dict) else call
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _is_image(part: Any) -> bool:

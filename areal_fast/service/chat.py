@@ -85,6 +85,8 @@ class Chats:
         self._object_arguments = object_arguments
         self._deterministic = deterministic
         self._known = tokenizer.known if isinstance(tokenizer, HfTokenizer) and not concat else None
+        if self._known is not None:
+            self._known.object_arguments = object_arguments
         self._retries = Retries(store)
         self.in_flight = 0
         """Turns begun and not ended, those whose client has gone included."""

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from areal_fast.core import BadArgument
 from areal_fast.core._messages import Context, KnownMessages, Message, Plan, Rest, digest, fingerprint
 from areal_fast.engine.known import KnownChats
-from areal_fast.engine.skeletons import Tracer
+from areal_fast.engine.skeletons import Tracer, plain
 from areal_fast.engine.templates import ChatTemplate, TemplateFailed
 from areal_fast.engine.tokenizer import HfTokenizer
-from areal_fast.protocol.chat import BadChat, decode_chat
+from areal_fast.protocol.chat import BadChat, decode_chat, with_object_arguments
 from tests import token_folders
 from tests.property.test_tokens import FOLDERS, ours, text, tool
 
@@ -97,6 +97,32 @@ QWEN3 = r"""{%- if tools %}
     {%- endif %}
 {%- endif %}
 """  # noqa: E501
+QWEN3_CALLS = QWEN3.replace(
+    """        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == "tool" %}""",
+    r"""        {%- if message.tool_calls %}
+            {%- for tool_call in message.tool_calls %}
+                {%- if (loop.first and content) or (not loop.first) %}
+                    {{- '\n' }}
+                {%- endif %}
+                {%- if tool_call.function %}
+                    {%- set tool_call = tool_call.function %}
+                {%- endif %}
+                {{- '<tool_call>\n{"name": "' }}
+                {{- tool_call.name }}
+                {{- '", "arguments": ' }}
+                {%- if tool_call.arguments is string %}
+                    {{- tool_call.arguments }}
+                {%- else %}
+                    {{- tool_call.arguments | tojson }}
+                {%- endif %}
+                {{- '}\n</tool_call>' }}
+            {%- endfor %}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == "tool" %}""",
+)
+assert QWEN3_CALLS != QWEN3
 GLUED = (
     "{% for m in messages %}<|im_start|>{{ m.content }}{{ m.role }}<|im_{{ m.content }}<|im_end|>{% endfor %}"
 )
@@ -106,13 +132,26 @@ TRIMMED = (
 )
 # tight: a content may join with what is next to it to a special token
 TIGHT = "{% for m in messages %}{{ m.role }}<{{ m.content }}|im_end|><|im_end|>{% endfor %}"
+# every member of a call, whatever it is
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.name or '' }}{{ m.content or 'none' }}"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content | trim }}</think>{% endif %}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.id | tojson }}{{ c.function.name }}:"
+    "{% if c.function.arguments is mapping or c.function.arguments is not string %}"
+    "object {{ c.function.arguments | tojson }}{% else %}{{ c.function.arguments }}{% endif %}</tool_call>"
+    "{% endfor %}{% if m.tool_call_id %}{{ m.tool_call_id }}{% endif %}<|im_end|>{% endfor %}"
+)
 
 
 @functools.cache
-def with_template(source: str, limit_bytes: int) -> tuple[KnownChats, ChatTemplate, HfTokenizer]:
+def with_template(
+    source: str, limit_bytes: int, objects: bool = False
+) -> tuple[KnownChats, ChatTemplate, HfTokenizer]:
     tokenizer = ours(token_folders.qwen(), 1 << 20)
     template = ChatTemplate(source, {"bos_token": "<|endoftext|>"})
-    return KnownChats(template, tokenizer.segments, 1 << 20, limit_bytes=limit_bytes), template, tokenizer
+    known = KnownChats(template, tokenizer.segments, 1 << 20, limit_bytes=limit_bytes)
+    known.object_arguments = objects
+    return known, template, tokenizer
 
 
 def check(known: KnownChats, template: ChatTemplate, tokenizer: HfTokenizer, body: bytes) -> bool:
@@ -123,8 +162,9 @@ def check(known: KnownChats, template: ChatTemplate, tokenizer: HfTokenizer, bod
     request, prompt = taken
     general = decode_chat(body)
     assert request.messages == [{}]
-    expected = tokenizer.encode(template.render(general.messages, general.tools, general.template_kwargs))
-    assert prompt.data == expected.data
+    messages = with_object_arguments(general.messages) if known.object_arguments else general.messages
+    expected = tokenizer.encode(template.render(messages, general.tools, general.template_kwargs))
+    assert prompt.data == expected.data, (general.messages, prompt.ids(), expected.ids())
     assert prompt.json == expected.json
     general.messages = request.messages
     assert request == general
@@ -144,6 +184,32 @@ message = st.one_of(
     ).map(lambda fields: {**fields, "role": "assistant"}),
     st.fixed_dictionaries({"role": st.just("user"), "content": st.none() | text, "name": text}),
 )
+arguments = st.one_of(
+    text,
+    st.dictionaries(text, st.none() | text | st.floats() | st.integers(0, 9) | st.lists(text, max_size=2),
+        max_size=2).map(json.dumps),
+    st.sampled_from(['{"a":1}', '{"a": "é\\u00e9"}', "{}", "[1]", "{", '{"a":1e400}', '{"a":' * 2000]),
+)  # fmt: skip
+call = st.fixed_dictionaries(
+    {
+        "id": text,
+        "type": st.sampled_from(["function", "function", "other"]),
+        "function": st.fixed_dictionaries({"name": text, "arguments": arguments}),
+    },
+    optional={"index": st.none() | st.just(0)},
+)
+calling = st.fixed_dictionaries(
+    {
+        "role": st.just("assistant"),
+        "content": st.none() | st.just("") | text,
+        "tool_calls": st.none() | st.lists(call, max_size=3),
+    },
+    optional={"refusal": st.none(), "reasoning_content": text | st.none(), "name": text},
+)
+result = st.fixed_dictionaries(
+    {"role": st.just("tool"), "tool_call_id": text, "content": text}, optional={"name": text}
+)
+message = st.one_of(message, message, calling, result)
 members = st.dictionaries(
     st.sampled_from(["temperature", "max_tokens", "stream", "model", "x", "metadata",
     "extra_body"]), st.sampled_from([None, 1, True, "a\\\"]}", {"messages": [{"a": "]"}]},
@@ -169,16 +235,17 @@ def bodies(draw: st.DrawFn, messages: st.SearchStrategy[Any] = message) -> bytes
     return json.dumps(ordered, ensure_ascii=draw(st.booleans()), separators=separators).encode()
 
 
-@pytest.mark.parametrize("source", [QWEN3, GLUED, TRIMMED, TIGHT, "qwen2.5"])
+@pytest.mark.parametrize("source", [QWEN3_CALLS, GLUED, TRIMMED, TIGHT, "qwen2.5", CALLS])
 @pytest.mark.parametrize("limit_bytes", [1 << 20, 3000])
+@pytest.mark.parametrize("objects", [False, True])
 @SETTINGS
 @given(several=st.lists(bodies(), min_size=1, max_size=3))
 def test_what_is_taken_is_what_the_general_way_makes(
-    source: str, limit_bytes: int, several: list[bytes]
+    source: str, limit_bytes: int, objects: bool, several: list[bytes]
 ) -> None:
     if source == "qwen2.5":
         source = token_folders.qwen_folder.CHAT_TEMPLATE
-    chats = with_template(source, limit_bytes)
+    chats = with_template(source, limit_bytes, objects)
     for body in several * 2:
         check(*chats, body)
 
@@ -201,6 +268,32 @@ def test_a_growing_conversation_is_taken(source: str) -> None:
         body = json.dumps({"messages": messages, "max_tokens": 5}).encode()
         assert check(*chats, body) and check(*chats, body)
         messages.append({"role": "assistant", "content": f"It is {2 * turn}."})
+
+
+@pytest.mark.parametrize("source", [QWEN3_CALLS, "qwen2.5", CALLS])
+@pytest.mark.parametrize("objects", [False, True])
+def test_an_agents_conversation_is_taken(source: str, objects: bool) -> None:
+    if source == "qwen2.5":
+        source = token_folders.qwen_folder.CHAT_TEMPLATE
+    chats = with_template(source, 1 << 20, objects)
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is there?"},
+    ]
+    for turn in range(5):
+        body = json.dumps({"messages": messages, "tools": tools}).encode()
+        assert check(*chats, body) and check(*chats, body)
+        call = {"name": f"look{turn % 2}", "arguments": json.dumps({"at": turn, "é": [None, "ü"]})}
+        messages.append(
+            {
+                "role": "assistant",
+                "content": [None, "", "Let me see."][turn % 3],
+                "refusal": None,
+                "tool_calls": [{"id": f"call_{turn}", "type": "function", "function": call}],
+            }
+        )
+        messages.append({"role": "tool", "tool_call_id": f"call_{turn}", "content": f"Nothing at {turn}."})
 
 
 @SETTINGS
@@ -240,10 +333,10 @@ class Reading:
         self.read_here.append(text)
         return None
 
-    def answer(self, message: Message, content: str) -> None:
+    def answer(self, message: Message, content: Any) -> None:
         self.contents.append(content)
 
-    def plan(self, rest: Rest, roles: bytes, names: list[str], contents: list[str]) -> Plan | None:
+    def plan(self, rest: Rest, forms: bytes, names: list[Any], contents: list[Any]) -> Plan | None:
         assert contents == self.contents[-len(contents) :]
         self.names = names
         return None
@@ -252,6 +345,7 @@ class Reading:
         raise AssertionError
 
     encode: Any = None
+    encode_parts: Any = None
 
 
 def read(body: bytes) -> Reading:
@@ -380,7 +474,11 @@ def test_long_new_text_is_left_to_the_general_way() -> None:
         "{{ m.content | length }}",
         "{{ m.content.upper() }}",
         "{{ m.content[0] }}",
-        "{{ m.content | tojson }}",
+        "{{ m.content | tojson(indent=1) }}",
+        "{{ m.content | trim | tojson }}",
+        "{{ m.content | tojson | tojson }}",
+        "{{ m.content | tojson | length }}",
+        "{{ [m.content] | tojson }}",
         "{{ m | tojson }}",
         "{{ m }}",
         "{% if m.content == 'a' %}{% endif %}",
@@ -425,7 +523,8 @@ def test_long_new_text_is_left_to_the_general_way() -> None:
 )
 def test_templates_that_look_at_contents_have_no_skeleton(source: str) -> None:
     template = ChatTemplate("{% for m in messages %}" + source + "{% endfor %}", {})
-    assert Tracer(template).trace(["user", "user"], ["a", "b"], None) is None
+    forms = [plain("user"), plain("user")]
+    assert Tracer(template).trace(forms, [("a",), ("b",)], None) is None
 
 
 @pytest.mark.parametrize(
@@ -433,7 +532,8 @@ def test_templates_that_look_at_contents_have_no_skeleton(source: str) -> None:
     [
         ("{{ m.role }}: {{ m.content }}", 0), ("{{ m.role + ':' + m.content + '.' }}", 0),
         ("{{ m['role'] ~ m['content'] }}", 0), ("{{ m.content | trim }}", 0), ("{{ m.content.strip() }}", 0),
-        ("{% set c = m.content %}{{ c }}", 0), ("{% set c %}<{{ m.content }}>{% endset %}{{ c }}", 0),
+        ("{% set c = m.content %}{{ c }}", 0), ("{{ m.content | tojson }}", 0),
+        ("{{ m.content.strip() | trim }}", 0), ("{% set c %}<{{ m.content }}>{% endset %}{{ c }}", 0),
         ("{% if m.content is string and m.content is not none %}{{ m.content }}{% endif %}", 0),
         ("{% if m.content is defined and m.content is not mapping %}{{ m.content }}{% endif %}", 0),
         ("{{ m.content | default('x') }}{{ messages | length }}", 0), ("{{ loop.index }}{{ m.content }}", 0),
@@ -444,12 +544,14 @@ def test_templates_that_look_at_contents_have_no_skeleton(source: str) -> None:
 )  # fmt: skip
 def test_skeletons_and_their_conditions(source: str, guards: int) -> None:
     template = ChatTemplate("<{% for m in messages %}" + source + "{% endfor %}>", {})
-    roles, contents = ["system", "user"], [" a ", "b"]
-    skeleton = Tracer(template).trace(roles, contents, None)
+    forms = [plain("system"), plain("user")]
+    skeleton = Tracer(template).trace(forms, [(" a ",), ("b",)], None)
     assert skeleton is not None and len(skeleton.guards) == guards
-    for others in (contents, [" aa\n", "bb"]):
-        said = [{"role": role, "content": content} for role, content in zip(roles, others, strict=True)]
-        assert skeleton.text(others) == template.render(said)
+    for contents in ((" a ", "b"), (" aa\n", "bb")):
+        texts = [(content,) for content in contents]
+        said = [form.said(each) for form, each in zip(forms, texts, strict=True)]
+        assert said == [{"role": "system", "content": contents[0]}, {"role": "user", "content": contents[1]}]
+        assert skeleton.text(texts) == template.render(said)
 
 
 def bodies_of_many_shapes(count: int) -> list[bytes]:
@@ -483,6 +585,37 @@ def test_a_template_without_skeletons_is_given_up() -> None:
     assert known._cut is None
 
 
+def test_a_form_without_skeletons_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = ours(token_folders.qwen(), 1 << 20)
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}"
+        "{% if m.role == 'tool' %}{{ m.content | length }}{% endif %}<|im_end|>{% endfor %}"
+    )
+    template = ChatTemplate(source, {})
+    known = KnownChats(template, tokenizer.segments, 8192, limit_bytes=1 << 20)
+    traced: list[int] = []
+    trace = known._tracer.trace
+    monkeypatch.setattr(known._tracer, "trace", lambda *a: traced.append(1) or trace(*a))
+    user, tool = {"role": "user", "content": "a"}, {"role": "tool", "content": "b"}
+    for n in range(1, 40):
+        assert check(known, template, tokenizer, json.dumps({"messages": [user] * n}).encode())
+        assert not check(known, template, tokenizer, json.dumps({"messages": [*[user] * n, tool]}).encode())
+    assert len(traced) == 39 + 16
+
+
+def test_texts_that_a_template_looks_into_leave_others_alone() -> None:
+    chats = with_template(QWEN3, 1 << 20)
+
+    def body(content: str) -> bytes:
+        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
+        return json.dumps({"messages": [*said, *said[:1]]}).encode()
+
+    assert check(*chats, body("b"))
+    for i in range(20):
+        assert not check(*chats, body(f"<think>x</think>{i}"))
+    assert check(*chats, body("c"))
+
+
 def test_plans_refuse_what_makes_no_sense() -> None:
     here = Context("", "", "", False)
     with pytest.raises(BadArgument):
@@ -494,9 +627,9 @@ def test_plans_refuse_what_makes_no_sense() -> None:
     for guard in ((1, 1, 1), (-1, 1, 1), (0, 1, 2)):
         with pytest.raises(BadArgument):
             Plan((here,), (b"", b""), (guard,))
-    for role in (-1, 256):
+    for form in (-1, 256):
         with pytest.raises(BadArgument):
-            Message(role)
+            Message(form)
 
 
 def test_a_message_at_two_places_in_other_surroundings() -> None:
