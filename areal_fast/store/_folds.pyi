@@ -4,13 +4,15 @@ A slot given must be pinned or owned by the caller, a fold be that of the slot. 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, Self, TypeVar, final
 
-from _typeshed import ReadableBuffer as Buffer
 from typing_extensions import disjoint_base
 
 from areal_fast.core._core import Arena
 from areal_fast.protocol.records import Routed
 from areal_fast.protocol.sessions import SessionState
+from areal_fast.store.session import Parent
+from areal_fast.store.store import SessionStore
 
 @disjoint_base
 class Folds:
@@ -28,6 +30,10 @@ class Folds:
     def fold_count(self) -> int: ...
     @property
     def ids_bytes(self) -> int: ...
+    @property
+    def turns_open(self) -> dict[int, int]:
+        """Of each slot the turns in flight, where there are any."""
+
     def refresh(self, slot: int) -> SessionState:
         """The fold as of now."""
 
@@ -42,28 +48,92 @@ class Folds:
         """Prompt and output ids of an interaction; b"" if it has none. Trimmed if the log was cut since the
         fold. KeyError if it is not there."""
 
+@disjoint_base
+class Pinned:
+    """A pin on a session, which it owns until `release`. `counts`: this use is an access."""
+
+    def __new__(cls, store: SessionStore, slot: int, session_id: str, counts: bool = True) -> Self: ...
+    @property
+    def _store(self) -> SessionStore: ...
+    @property
+    def slot(self) -> int: ...
+    @property
+    def session_id(self) -> str: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc: object) -> None: ...
+    def release(self) -> None:
+        """Touch and unpin. Once is enough, more do nothing."""
+
+    def access(self) -> None:
+        """From now on this use is an access."""
+
+    @property
+    def state(self) -> SessionState:
+        """The folded state as of now (a due deadline is fired first). Read, don't change."""
+
+_P = TypeVar("_P", bound=Pinned)
+
+def open_session(folds: Folds, kind: type[_P], store: SessionStore, key: str) -> _P | None:
+    """The live session of this key, pinned and touched. ExportBusy while a live export removes it."""
+
+@final
+class Fate:
+    """What is to be told what becomes of a reply (Session.fate)."""
+
+    def __init__(self, session: Pinned, place: tuple[int, int]) -> None: ...
+    def __call__(self, arrived: bool) -> None: ...
+
+@disjoint_base
+class Begun:
+    """A turn that has begun: its place is taken, and room for `reserve_tokens` if they are more than 0.
+    `store` False: it is not recorded, and ordinal and trajectory are −1. ArenaFull."""
+
+    parent: Parent | None
+    interaction_id: str
+    reservation: int
+    """Of the arena's, 0 if there is none."""
+
+    def __new__(cls, session: Pinned, reserve_tokens: int, store: bool) -> Self: ...
+    @property
+    def session(self) -> Pinned: ...
+    @property
+    def session_id(self) -> str: ...
+    @property
+    def ordinal(self) -> int: ...
+    @property
+    def trajectory(self) -> int: ...
+    @property
+    def open(self) -> bool:
+        """It has not ended."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc: object) -> None: ...
+    def reserve(self, tokens: int) -> None:
+        """Set room aside for `tokens` prompt and output tokens, where begin_turn could not know them yet: a
+        turn takes its place before its prompt is encoded. ArenaFull: answer 507 before asking the engine."""
+
+    def abandon(self) -> None:
+        """Nothing is recorded, the room is given back. After a commit this does nothing."""
+
+    def end(self) -> None:
+        """It is over, and what is left of its room is given back. Once is enough."""
+
     def commit(
         self,
-        slot: int,
-        ordinal: int,
-        trajectory: int,
-        parent: int,
-        interaction_id: str,
-        prompt: bytes,
-        output: Buffer,
-        logprobs: Buffer,
+        *,
+        prompt_ids: Any,
+        output_ids: Any,
+        logprobs: Any,
         version_runs: Sequence[tuple[int, int]],
         stop_reason: str,
-        messages_hash: bytes,
-        body_hash: bytes,
-        extra: bytes,
-        routed: Routed | None,
-        reservation: int,
+        messages_hash: bytes = b"",
+        body_hash: bytes = b"",
+        extra: bytes = b"",
+        routed: Routed | None = None,
     ) -> None:
-        """Append an INTERACTION (records.py) and fold on over it. prompt, output: ids [P], [O]; logprobs:
-        float32 [O]; version_runs: (weight version, count), which must cover the output (else ValueError, and
-        nothing happened). It refers to the best of `parent` (an ordinal, or NO_REF) and the trajectory's last
-        two. Gone, ArenaFull: nothing happened, and the reservation is kept."""
+        """Record the interaction: the commit point of a chat, to be passed before its reply leaves.
 
-    def note_sent(self, slot: int, trajectory: int, ordinal: int, fate: int) -> None:
-        """Append a SENT record. Gone, ArenaFull."""
+        prompt_ids, output_ids: int32 [P], [O] (array, list, or bytes of little-endian ones); logprobs:
+        float32 [O]; version_runs: (weight version, count) covering the O output tokens, else ValueError. The
+        record refers to the best of the parent and the last two interactions. Gone: the session was removed
+        meanwhile, and nothing is recorded. ArenaFull cannot happen within what was reserved."""

@@ -60,7 +60,7 @@ class FoldCache(Folds):
         Called after exports and rewards, so that a session that lives for weeks stays as small as what it
         keeps. Losing a race or finding no room is no failure: a later call does it."""
         state = self.refresh(slot)
-        if state.dead_bytes <= max(COMPACT_MIN_BYTES, COMPACT_DEAD_RATIO * state.live_bytes) or state.pending:
+        if not worth_compacting(state) or state.pending:
             return False
         if any(self.arena.txn_state(txn) != TXN_GONE for txn in state.exports):
             return False
@@ -72,4 +72,10 @@ class FoldCache(Folds):
         return True
 
 
-__all__ = ["FoldCache"]
+def worth_compacting(state: SessionState) -> bool:
+    """Whether enough of the log is dead."""
+    dead = state.dead_bytes
+    return dead > COMPACT_MIN_BYTES and dead > COMPACT_DEAD_RATIO * state.live_bytes
+
+
+__all__ = ["FoldCache", "worth_compacting"]

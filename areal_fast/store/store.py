@@ -25,9 +25,10 @@ from areal_fast.protocol.sessions import SessionState
 from areal_fast.shards import ShardStore
 from areal_fast.shards.routed import Garbage
 from areal_fast.store import cleanup, exporting
+from areal_fast.store._folds import open_session
 from areal_fast.store.drawn import Drawn
 from areal_fast.store.exporting import Export
-from areal_fast.store.folds import MAX_FOLD_BYTES, FoldCache
+from areal_fast.store.folds import MAX_FOLD_BYTES, FoldCache, worth_compacting
 from areal_fast.store.session import Session
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class SessionStore:
         self.finish_timeout_ns = round(finish_timeout_s * 1e9)
         self.folds = FoldCache(arena, max_fold_bytes)
         self.shards = ShardStore(arena, serving_addr)
-        self.turns_open: dict[int, int] = {}
+        self.turns_open = self.folds.turns_open
         self.courier = courier
         self.note_members = note_members
         self.ready_events: deque[ReadyEvent] = deque(maxlen=MAX_READY_EVENTS)
@@ -180,10 +181,7 @@ class SessionStore:
     def by_key(self, api_key: str) -> Session | None:
         """The live session of this key, pinned and touched. ExportBusy while a live export removes it: the
         exporter's client may know already that it is gone, so wait for the outcome."""
-        try:
-            return self._session(self.arena.pin_key(api_key.encode()))
-        except (UnicodeEncodeError, ValueError):
-            return None
+        return open_session(self.folds, Session, self, api_key)
 
     def by_id(self, session_id: str) -> Session | None:
         """The live session of this id, pinned. This is the trainer's use of it, which is no access."""
@@ -289,8 +287,11 @@ class SessionStore:
             if state.deadline_ns or state.has_untold:
                 self.arena.set_deadline(slot, state.deadline_ns or self.now_ns())
 
-    def compact(self, slot: int) -> None:
-        """Shorten a pinned session's log if most of it is dead. Never fails: it is only worth trying."""
+    def compact(self, slot: int, state: SessionState | None = None) -> None:
+        """Shorten a pinned session's log if most of it is dead (`state`: what is known). Never fails: it is
+        only worth trying."""
+        if state is not None and not worth_compacting(state):
+            return
         try:
             self.folds.compact(slot)
         except (Gone, ArenaFull):
