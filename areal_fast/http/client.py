@@ -23,7 +23,7 @@ import asyncio
 import re
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Self
 from urllib.parse import urlsplit
 
@@ -95,6 +95,107 @@ class Reply(msgspec.Struct, gc=False):
     body: bytes
     waited_s: float = 0.0
     engine_s: float = 0.0
+
+
+class Request(Call):
+    """One request under way (`Client.begin`). Afterwards `error` is None and `reply` is there, or it says
+    why not."""
+
+    __slots__ = (
+        "_client",
+        "_done",
+        "_ended",
+        "began",
+        "connection",
+        "ends",
+        "error",
+        "message",
+        "method",
+        "path",
+        "retried",
+        "reused",
+        "sent",
+        "way",
+    )
+
+    def __init__(
+        self,
+        client: Client,
+        method: str,
+        path: str,
+        message: list[bytes],
+        timeout_s: float,
+        done: Callable[[Request], None],
+    ) -> None:
+        super().__init__()
+        self._client = client
+        self._done: Callable[[Request], None] | None = done  # None: it has ended
+        self._ended = 0.0
+        self.method = method
+        self.path = path
+        self.message = message
+        self.began = time.monotonic()
+        self.ends = self.began + timeout_s
+        self.sent = self.began
+        self.connection: EngineConnection | None = None
+        self.way: asyncio.Task[None] | None = None  # while it has no connection
+        self.reused = False
+        self.retried = False
+        self.error: Exception | None = None
+
+    @property
+    def status(self) -> int:
+        assert self.head is not None
+        return self.head.status
+
+    def reply(self) -> Reply:
+        """Once, and not after `take_body`."""
+        head = self.head
+        assert head is not None
+        body = self.take_body()
+        return Reply(head.status, head.headers, body, self.sent - self.began, self._ended - self.sent)
+
+    def cancel(self) -> None:
+        """Give it up, unless it has ended: `done` is not called any more, the connection is closed."""
+        if self._done is None:
+            return
+        self._done = None
+        self._client.stats.failed += 1
+        if self.way is not None:
+            self.way.cancel()
+        elif self.connection is not None:
+            self.connection.abandon(self)
+
+    # For the connection
+
+    def late(self) -> Timeout:
+        return Timeout(f"{self.method} {self.path}: no whole reply in time")
+
+    def finish(self) -> None:
+        done, self._done = self._done, None
+        if done is not None:
+            stats, self._ended = self._client.stats, time.monotonic()
+            stats.waited_s += self.sent - self.began
+            stats.engine_s += self._ended - self.sent
+            done(self)
+
+    def fail(self, error: Exception) -> None:
+        if self._done is None:
+            return
+        again = isinstance(error, BrokenReply) and not self.retried
+        if again and self._client.may_retry(self, self.reused):
+            self.retried = True
+            self._client.again(self)
+        else:
+            self.settle(error)
+
+    def settle(self, error: Exception) -> None:
+        """It has failed for good."""
+        done, self._done = self._done, None
+        if done is not None:
+            self._client.stats.failed += 1
+            self.error = error
+            done(self)
 
 
 class _Deadline:
@@ -173,6 +274,27 @@ class Client:
         """Requests that wait for a connection."""
         return len(self._waiting)
 
+    def begin(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        timeout_s: float,
+        headers: HeaderPairs = (),
+        done: Callable[[Request], None],
+    ) -> Request:
+        """Send, and call `done(request)` once: when the whole reply is there, or `request.error` is why there
+        is none (as `request` raises). Never before this has returned. `path` is raw, with its query; the body
+        goes as JSON unless `headers` say otherwise. ValueError for what cannot be sent."""
+        request = Request(self, method, path, self._encode(method, path, body, headers), timeout_s, done)
+        self.stats.requests += 1
+        if not self._idle or self._waiting or self._closed:
+            self._find_way(request, fresh=False)
+        else:
+            self._send(self._take_idle(), request)
+        return request
+
     async def request(
         self,
         method: str,
@@ -182,46 +304,23 @@ class Client:
         timeout_s: float,
         headers: HeaderPairs = (),
     ) -> Reply:
-        """Send and wait for the whole reply. `path` is raw, with its query; the body goes as JSON unless
-        `headers` say otherwise. Raises ConnectFailed (PoolFull), Timeout, BrokenReply; ValueError for what
-        cannot be sent."""
-        message = self._encode(method, path, body, headers)
-        loop = asyncio.get_running_loop()
-        self.stats.requests += 1
-        began = time.monotonic()
+        """`begin`, and wait for the whole reply. Raises ConnectFailed (PoolFull), Timeout, BrokenReply;
+        ValueError for what cannot be sent."""
+        future = asyncio.get_running_loop().create_future()
+
+        def done(_: Request) -> None:
+            if not future.done():
+                future.set_result(None)
+
+        request = self.begin(method, path, body, timeout_s=timeout_s, headers=headers, done=done)
         try:
-            for attempt in (0, 1):
-                if attempt or not self._idle or self._waiting or self._closed:
-                    left = began + timeout_s - time.monotonic()
-                    connection = await self._acquire_within(method, path, left, fresh=attempt > 0)
-                else:
-                    connection = self._take_idle()
-                sent = time.monotonic()
-                call = Call(loop.create_future(), (method, path))
-                self._wheel.set(connection, self._wheel.ticks(began + timeout_s - sent))
-                reused = connection.used > 0
-                try:
-                    connection.send(call, method, message)
-                    await call.done
-                except BrokenReply:
-                    if attempt or not self._may_retry(call, reused):
-                        raise
-                    self.stats.retries += 1
-                    continue
-                except BaseException:
-                    connection.abandon(call)
-                    raise
-                break
-            ended = time.monotonic()
-            head = call.head
-            assert head is not None
-            waited_s, engine_s = sent - began, ended - sent
-            self.stats.waited_s += waited_s
-            self.stats.engine_s += engine_s
-            return Reply(head.status, head.headers, call.take_body(), waited_s, engine_s)
+            await future
         except BaseException:
-            self.stats.failed += 1
+            request.cancel()
             raise
+        if request.error is not None:
+            raise request.error
+        return request.reply()
 
     async def stream(
         self,
@@ -249,7 +348,7 @@ class Client:
                     connection.send(call, method, message)
                     await call.done
                 except BrokenReply:
-                    if attempt or not self._may_retry(call, reused):
+                    if attempt or not self.may_retry(call, reused):
                         raise
                     self.stats.retries += 1
                     continue
@@ -277,6 +376,11 @@ class Client:
         self._waiting.clear()
         for connection in list(self._open):
             connection.fail(BrokenReply("the client was closed"))
+
+    def again(self, request: Request) -> None:
+        """Once more, on another connection."""
+        self.stats.retries += 1
+        self._find_way(request, fresh=True)
 
     # Messages
 
@@ -315,7 +419,31 @@ class Client:
     def _deadline(self, method: str, path: str, timeout_s: float) -> _Deadline:
         return _Deadline(asyncio.get_running_loop(), timeout_s, f"{method} {path}")
 
-    def _may_retry(self, call: Call, reused: bool) -> bool:
+    def _send(self, connection: EngineConnection, request: Request) -> None:
+        request.connection = connection
+        request.reused = connection.used > 0
+        request.sent = sent = time.monotonic()
+        self._wheel.set(connection, self._wheel.ticks(request.ends - sent))
+        connection.send(request, request.method, request.message)
+
+    def _find_way(self, request: Request, *, fresh: bool) -> None:
+        """Send once there is a connection for it."""
+        request.way = asyncio.get_running_loop().create_task(self._found_way(request, fresh))
+
+    async def _found_way(self, request: Request, fresh: bool) -> None:
+        try:
+            left = request.ends - time.monotonic()
+            connection = await self._acquire_within(request.method, request.path, left, fresh=fresh)
+        except BaseException as error:
+            request.way = None
+            request.settle(error if isinstance(error, Exception) else BrokenReply("given up"))
+            if not isinstance(error, Exception):
+                raise
+        else:
+            request.way = None
+            self._send(connection, request)
+
+    def may_retry(self, call: Call, reused: bool) -> bool:
         return self._retry_stale and reused and not call.touched and not self._closed
 
     # The pool

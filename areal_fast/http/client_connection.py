@@ -31,14 +31,13 @@ STREAM_HIGH_WATER = 262144
 
 
 class Call:
-    """One request's reply in the making. `done` gets None when the reply is whole, else an exception."""
+    """One request's reply in the making. It ends in one call of `finish`, when the reply is whole, or of
+    `fail`; the connection has left it by then."""
 
-    __slots__ = ("_body", "done", "head", "touched", "what")
+    __slots__ = ("_body", "head", "touched")
     gathers = True  # the body is wanted whole
 
-    def __init__(self, done: asyncio.Future[None], what: tuple[str, str] = ("", "")) -> None:
-        self.done = done
-        self.what = what  # method and path, for an error's text
+    def __init__(self) -> None:
         self.head: ReplyHead | None = None
         self.touched = False  # a byte of the reply has arrived
         self._body: bytes | bytearray = b""
@@ -47,7 +46,8 @@ class Call:
         self.head = head
 
     def late(self) -> Timeout:
-        return Timeout(f"{self.what[0]} {self.what[1]}: no whole reply in time")
+        """The error of a request whose time is over."""
+        raise NotImplementedError
 
     def piece(self, data: bytes) -> None:
         body = self._body
@@ -60,12 +60,10 @@ class Call:
             joined += data
 
     def finish(self) -> None:
-        if not self.done.done():
-            self.done.set_result(None)
+        raise NotImplementedError
 
     def fail(self, error: Exception) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
+        raise NotImplementedError
 
     def take_start(self) -> bytes | bytearray:
         """What has come of the body so far, to be given back as one piece with the rest."""
@@ -80,11 +78,12 @@ class Call:
 class StreamCall(Call):
     """A reply given out as it comes. `done` is settled by its head; the end stands in the queue."""
 
-    __slots__ = ("connection", "ended", "error", "pieces", "queued", "waiter")
+    __slots__ = ("connection", "done", "ended", "error", "pieces", "queued", "waiter")
     gathers = False
 
     def __init__(self, done: asyncio.Future[None], connection: EngineConnection) -> None:
-        super().__init__(done)
+        super().__init__()
+        self.done = done
         self.connection = connection
         self.pieces: deque[bytes] = deque()
         self.queued = 0
@@ -94,7 +93,8 @@ class StreamCall(Call):
 
     def begin(self, head: ReplyHead) -> None:
         self.head = head
-        super().finish()
+        if not self.done.done():
+            self.done.set_result(None)
 
     def piece(self, data: bytes) -> None:
         self.pieces.append(data)
@@ -109,7 +109,8 @@ class StreamCall(Call):
 
     def fail(self, error: Exception) -> None:
         if self.head is None:
-            super().fail(error)
+            if not self.done.done():
+                self.done.set_exception(error)
         elif not self.ended and self.error is None:
             self.error = error
         self._wake()
@@ -236,12 +237,12 @@ class EngineConnection(asyncio.Protocol):
         )
         self._call = None
         self.due = 0
-        call.finish()
         if reusable:
             self.resume()
             self._released(self, True)
         else:
             self.close()
+        call.finish()
 
     def eof_received(self) -> bool:
         self._ended("the engine closed the connection before its reply was whole")
