@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import AsyncIterator, Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -34,7 +34,7 @@ from areal_fast.engine.sglang import Attempt, Call, SGLang
 from areal_fast.engine.sse import EventSplitter, EventTooLong
 from areal_fast.engine.tokenizer import as_prompt
 from areal_fast.engine.vllm import VLLM
-from areal_fast.http import BrokenReply, ConnectFailed, Headers, Timeout
+from areal_fast.http import BrokenReply, ClientError, ConnectFailed, Headers, Timeout
 
 MAX_ATTEMPTS = 20
 PAUSE_POLL_S = 0.02
@@ -75,8 +75,23 @@ class Answer(Protocol):
     def body(self) -> bytes: ...
 
 
+class Asked(Protocol):
+    """Part of areal_fast.http's Request that is used here."""
+
+    error: Exception | None
+
+    @property
+    def status(self) -> int: ...
+
+    def take_body(self) -> bytes: ...
+
+
 class Transport(Protocol):
     """Part of areal_fast.http.Client that is used here. Bodies go as JSON."""
+
+    def begin(
+        self, method: str, path: str, body: bytes, *, timeout_s: float, done: Callable[[Any], None]
+    ) -> Asked: ...
 
     async def request(self, method: str, path: str, body: bytes, *, timeout_s: float) -> Answer: ...
 
@@ -138,6 +153,29 @@ class Generation(msgspec.Struct):
     attempts: int
 
 
+class First:
+    """The first attempt of a generation, under way in nobody's task (`Engine.begin`)."""
+
+    __slots__ = ("_asked", "_engine", "attempt", "version")
+
+    def __init__(self, engine: Engine, version: int) -> None:
+        self._engine = engine
+        self._asked: Asked | None = None
+        self.version = version
+        self.attempt: Attempt | None = None
+
+    def generation(self) -> Generation | None:
+        """When it has ended: the whole generation, as nearly always, or None if it was interrupted; then
+        `Engine.generate(first=…)` goes on. Raises as that."""
+        asked = self._asked
+        assert asked is not None
+        self.attempt = attempt = self._engine.read(asked)
+        if attempt.stop not in _FINAL:
+            return None
+        runs = [VersionRun(self.version, len(attempt.ids))] if attempt.ids else []
+        return Generation(attempt.ids, attempt.logprobs, runs, attempt.stop, 1)
+
+
 class Engine:
     """The engine behind one base URL. Any number of generations at once; all on one loop."""
 
@@ -164,9 +202,11 @@ class Engine:
         *,
         on_tokens: Callable[[list[int]], None] | None = None,
         routed: Receiver | None = None,
+        first: First | None = None,
     ) -> Generation:
         """Generate to the end. With `on_tokens` the engine streams, and each new run of ids is handed over
-        at once. `routed` gets the routed experts that each attempt brings.
+        at once. `routed` gets the routed experts that each attempt brings. `first` was interrupted: go on
+        from what it brought.
 
         Raises EngineUnreachable, EngineTimeout, EngineError; then nothing may be recorded.
         """
@@ -177,26 +217,29 @@ class Engine:
         stop = "length"
         attempts = 0
         while attempts < MAX_ATTEMPTS and len(ids) < sampling.max_new_tokens:
-            while self._state.paused():
-                await asyncio.sleep(PAUSE_POLL_S)
-            if ids and not self._adapter.continues(sampling):
-                if on_tokens is not None:
-                    raise EngineError("Engine was interrupted in an answer that it cannot continue")
-                del ids[:], logprobs[:], runs[:]
-            version = self._state.version()
             attempts += 1
-            call = self._adapter.generate(
-                _continued(prompt_json, ids),
-                sampling,
-                sampling.max_new_tokens - len(ids),
-                stream=on_tokens is not None,
-            )
-            if on_tokens is not None:
-                attempt = await self._streamed(call, on_tokens, routed)
-            elif routed is not None:
-                attempt = await self._received(call, routed)
+            if first is not None and first.attempt is not None:
+                version, attempt, first = first.version, first.attempt, None
             else:
-                attempt = self._adapter.parse(await self.call(call, timeout_s=self._timeout_s))
+                while self._state.paused():
+                    await asyncio.sleep(PAUSE_POLL_S)
+                if ids and not self._adapter.continues(sampling):
+                    if on_tokens is not None:
+                        raise EngineError("Engine was interrupted in an answer that it cannot continue")
+                    del ids[:], logprobs[:], runs[:]
+                version = self._state.version()
+                call = self._adapter.generate(
+                    _continued(prompt_json, ids),
+                    sampling,
+                    sampling.max_new_tokens - len(ids),
+                    stream=on_tokens is not None,
+                )
+                if on_tokens is not None:
+                    attempt = await self._streamed(call, on_tokens, routed)
+                elif routed is not None:
+                    attempt = await self._received(call, routed)
+                else:
+                    attempt = self._adapter.parse(await self.call(call, timeout_s=self._timeout_s))
             if attempt.ids:
                 if ids:
                     ids.extend(attempt.ids)
@@ -217,6 +260,26 @@ class Engine:
             stop_reason=stop,
             attempts=attempts,
         )
+
+    def begin(self, prompt: Prompt, sampling: Sampling, ended: Callable[[Any], None]) -> First | None:
+        """`generate` without a task, for what is neither streamed nor routed: ask now, and call `ended` once
+        when the first attempt is over, never before this returns. None: it must wait (the engine is paused);
+        nothing has happened."""
+        if self._state.paused() or sampling.max_new_tokens <= 0:
+            return None
+        first = First(self, self._state.version())
+        call = self._adapter.generate(prompt.json, sampling, sampling.max_new_tokens, stream=False)
+        first._asked = self._client.begin("POST", call.path, call.body, timeout_s=self._timeout_s, done=ended)
+        return first
+
+    def read(self, asked: Asked) -> Attempt:
+        """What an attempt that has ended brought. Raises EngineFault."""
+        error = asked.error
+        if error is not None:
+            raise self._fault(error, self._timeout_s) from error
+        if asked.status >= 300:
+            raise _refused(asked.status, asked.take_body())
+        return self._adapter.parse(asked.take_body())
 
     async def _received(self, call: Call, routed: Receiver) -> Attempt:
         """A whole answer whose routed experts go to the receiver while it arrives."""
@@ -294,7 +357,17 @@ class Engine:
         return reply.body
 
     def _faults(self, timeout_s: float) -> _Faults:
-        return _Faults(self.address, timeout_s)
+        return _Faults(self, timeout_s)
+
+    def _fault(self, error: Exception, timeout_s: float) -> Exception:
+        """What an error of the HTTP client is here."""
+        if isinstance(error, Timeout):
+            return EngineTimeout(f"Engine {self.address} did not answer within {timeout_s:g} s")
+        if isinstance(error, ConnectFailed):
+            return EngineUnreachable(f"Cannot reach engine {self.address}: {error}")
+        if isinstance(error, BrokenReply):
+            return EngineUnreachable(f"Engine {self.address} broke off: {error}")
+        return error
 
 
 class _Inlet:
@@ -337,22 +410,16 @@ class _Inlet:
 class _Faults:
     """Turns the HTTP client's errors into EngineFaults."""
 
-    def __init__(self, address: str, timeout_s: float) -> None:
-        self._address = address
+    def __init__(self, engine: Engine, timeout_s: float) -> None:
+        self._engine = engine
         self._timeout_s = timeout_s
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Timeout):
-            raise EngineTimeout(
-                f"Engine {self._address} did not answer within {self._timeout_s:g} s"
-            ) from error
-        if isinstance(error, ConnectFailed):
-            raise EngineUnreachable(f"Cannot reach engine {self._address}: {error}") from error
-        if isinstance(error, BrokenReply):
-            raise EngineUnreachable(f"Engine {self._address} broke off: {error}") from error
+        if isinstance(error, ClientError):
+            raise self._engine._fault(error, self._timeout_s) from error
 
 
 def _continued(prompt_json: bytes, ids: array[int]) -> bytes:

@@ -1,4 +1,4 @@
-"""Client.begin: one call of `done` for every way a request can end, on both loops; `request` is built on it."""
+"""Client.begin: one call of `done` for every way a request can end, on both loops."""
 
 from __future__ import annotations
 
