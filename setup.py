@@ -1,6 +1,6 @@
 """Builds the extensions: the Cython edge with the whole C core in a single shared object; the device pool's
 edge over csrc/cuda.c, which only the keeper and its clients import; and those that know no arena: rows of
-tokens, messages of a chat, and the short way of a request through the HTTP server. Each exports nothing but
+tokens, messages of a chat, and the short ways of requests through the HTTP layers. Each exports nothing but
 its module init. areal_fast.pth goes beside the package, not into it, in wheels and editable installs alike:
 with it AREAL_FAST=1 works without an import (areal_fast/integrations/autostart.py). Everything else about the
 package is in pyproject.toml.
@@ -79,6 +79,7 @@ APART = {
     "core._tokens": "csrc/tokens.c",
     "core._messages": "csrc/messages.c",
     "http._native": "csrc/http_head.c",
+    "http._client": "csrc/http_head.c",
 }
 """Extensions of one C file each, which is not part of the core."""
 LIBRARIES = {"core._cuda": ["dl"]}  # where dlopen lives before glibc 2.34

@@ -78,7 +78,8 @@ class Answer(Protocol):
 class Asked(Protocol):
     """Part of areal_fast.http's Request that is used here."""
 
-    error: Exception | None
+    @property
+    def error(self) -> Exception | None: ...
 
     @property
     def status(self) -> int: ...

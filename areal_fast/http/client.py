@@ -23,20 +23,20 @@ import asyncio
 import re
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Self
 from urllib.parse import urlsplit
 
 import msgspec
 
+from areal_fast.http._client import Pool, Request
 from areal_fast.http._native import Headers
-from areal_fast.http.client_connection import Call, EngineConnection, StreamCall
+from areal_fast.http.client_connection import EngineConnection, StreamCall
 from areal_fast.http.errors import BrokenReply, ConnectFailed, PoolFull, Timeout
 from areal_fast.http.headers import HeaderPairs, encode_headers
 from areal_fast.http.wheel import Wheel
 
 _TARGET = re.compile(r"/[\x21-\x7e]*")
-_JOIN_BELOW = 65536
 _KEPT_STARTS = 64
 _TICK_S = 0.05
 
@@ -97,107 +97,6 @@ class Reply(msgspec.Struct, gc=False):
     engine_s: float = 0.0
 
 
-class Request(Call):
-    """One request under way (`Client.begin`). Afterwards `error` is None and `reply` is there, or it says
-    why not."""
-
-    __slots__ = (
-        "_client",
-        "_done",
-        "_ended",
-        "began",
-        "connection",
-        "ends",
-        "error",
-        "message",
-        "method",
-        "path",
-        "retried",
-        "reused",
-        "sent",
-        "way",
-    )
-
-    def __init__(
-        self,
-        client: Client,
-        method: str,
-        path: str,
-        message: list[bytes],
-        timeout_s: float,
-        done: Callable[[Request], None],
-    ) -> None:
-        super().__init__()
-        self._client = client
-        self._done: Callable[[Request], None] | None = done  # None: it has ended
-        self._ended = 0.0
-        self.method = method
-        self.path = path
-        self.message = message
-        self.began = time.monotonic()
-        self.ends = self.began + timeout_s
-        self.sent = self.began
-        self.connection: EngineConnection | None = None
-        self.way: asyncio.Task[None] | None = None  # while it has no connection
-        self.reused = False
-        self.retried = False
-        self.error: Exception | None = None
-
-    @property
-    def status(self) -> int:
-        assert self.head is not None
-        return self.head.status
-
-    def reply(self) -> Reply:
-        """Once, and not after `take_body`."""
-        head = self.head
-        assert head is not None
-        body = self.take_body()
-        return Reply(head.status, head.headers, body, self.sent - self.began, self._ended - self.sent)
-
-    def cancel(self) -> None:
-        """Give it up, unless it has ended: `done` is not called any more, the connection is closed."""
-        if self._done is None:
-            return
-        self._done = None
-        self._client.stats.failed += 1
-        if self.way is not None:
-            self.way.cancel()
-        elif self.connection is not None:
-            self.connection.abandon(self)
-
-    # For the connection
-
-    def late(self) -> Timeout:
-        return Timeout(f"{self.method} {self.path}: no whole reply in time")
-
-    def finish(self) -> None:
-        done, self._done = self._done, None
-        if done is not None:
-            stats, self._ended = self._client.stats, time.monotonic()
-            stats.waited_s += self.sent - self.began
-            stats.engine_s += self._ended - self.sent
-            done(self)
-
-    def fail(self, error: Exception) -> None:
-        if self._done is None:
-            return
-        again = isinstance(error, BrokenReply) and not self.retried
-        if again and self._client.may_retry(self, self.reused):
-            self.retried = True
-            self._client.again(self)
-        else:
-            self.settle(error)
-
-    def settle(self, error: Exception) -> None:
-        """It has failed for good."""
-        done, self._done = self._done, None
-        if done is not None:
-            self._client.stats.failed += 1
-            self.error = error
-            done(self)
-
-
 class _Deadline:
     """One timer for all that a request waits for in turn."""
 
@@ -230,7 +129,7 @@ class _Deadline:
             self._future.set_exception(self.error())
 
 
-class Client:
+class Client(Pool):
     """Requests to one base URL. Made anywhere, used on one event loop."""
 
     def __init__(
@@ -247,7 +146,6 @@ class Client:
     ) -> None:
         """ValueError if `base_url` is not a plain http URL."""
         self.url = parse_base_url(base_url)
-        self.stats = ClientStats()
         self._max_connections = max_connections
         self._connect_timeout_s = connect_timeout_s
         self._max_waiting = max_waiting
@@ -255,15 +153,27 @@ class Client:
         self._max_header_bytes = max_header_bytes
         self._idle_timeout_s = idle_timeout_s
         self._retry_stale = retry_stale
-        self._starts: dict[tuple[str, str, bool], bytes] = {}  # heads that callers repeat
-        self._idle: dict[EngineConnection, float] = {}  # since when; the last one was used last
+        self._starts = {}  # heads that callers repeat
+        self._idle = {}  # since when; the last one was used last
         self._open: set[EngineConnection] = set()
         self._connecting = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting = deque()
         self._handed: dict[asyncio.Future[None], EngineConnection | None] = {}
         self._wheel = Wheel(_TICK_S)  # deadlines of what is under way
-        self._reaper: asyncio.TimerHandle | None = None
+        self._reaper = None
         self._closed = False
+
+    @property
+    def stats(self) -> ClientStats:
+        return ClientStats(
+            self.requests,
+            self.failed,
+            self.connects,
+            self.reused,
+            self.retries,
+            self.waited_s,
+            self.engine_s,
+        )
 
     @property
     def connections(self) -> int:
@@ -273,27 +183,6 @@ class Client:
     def waiting(self) -> int:
         """Requests that wait for a connection."""
         return len(self._waiting)
-
-    def begin(
-        self,
-        method: str,
-        path: str,
-        body: bytes = b"",
-        *,
-        timeout_s: float,
-        headers: HeaderPairs = (),
-        done: Callable[[Request], None],
-    ) -> Request:
-        """Send, and call `done(request)` once: when the whole reply is there, or `request.error` is why there
-        is none (as `request` raises). Never before this has returned. `path` is raw, with its query; the body
-        goes as JSON unless `headers` say otherwise. ValueError for what cannot be sent."""
-        request = Request(self, method, path, self._encode(method, path, body, headers), timeout_s, done)
-        self.stats.requests += 1
-        if not self._idle or self._waiting or self._closed:
-            self._find_way(request, fresh=False)
-        else:
-            self._send(self._take_idle(), request)
-        return request
 
     async def request(
         self,
@@ -320,7 +209,10 @@ class Client:
             raise
         if request.error is not None:
             raise request.error
-        return request.reply()
+        head = request.head
+        assert head is not None
+        waited_s, engine_s = request.sent - request.began, request.ended - request.sent
+        return Reply(head.status, head.headers, request.take_body(), waited_s, engine_s)
 
     async def stream(
         self,
@@ -336,7 +228,7 @@ class Client:
         BrokenReply, too."""
         message = self._encode(method, path, body, headers)
         deadline = self._deadline(method, path, timeout_s)
-        self.stats.requests += 1
+        self.requests += 1
         began = time.monotonic()
         try:
             for attempt in (0, 1):
@@ -350,18 +242,18 @@ class Client:
                 except BrokenReply:
                     if attempt or not self.may_retry(call, reused):
                         raise
-                    self.stats.retries += 1
+                    self.retries += 1
                     continue
                 except BaseException:
                     connection.abandon(call)
                     raise
                 break
         except BaseException:
-            self.stats.failed += 1
+            self.failed += 1
             deadline.cancel()
             raise
-        self.stats.waited_s += sent - began
-        return StreamReply(call, deadline, self.stats, sent - began, sent)
+        self.waited_s += sent - began
+        return StreamReply(call, deadline, self, sent - began, sent)
 
     def close(self) -> None:
         """Close every connection; what is under way fails with BrokenReply, what waits with ConnectFailed."""
@@ -377,23 +269,7 @@ class Client:
         for connection in list(self._open):
             connection.fail(BrokenReply("the client was closed"))
 
-    def again(self, request: Request) -> None:
-        """Once more, on another connection."""
-        self.stats.retries += 1
-        self._find_way(request, fresh=True)
-
     # Messages
-
-    def _encode(self, method: str, path: str, body: bytes, headers: HeaderPairs) -> list[bytes]:
-        has_body = bool(body) or method in ("POST", "PUT", "PATCH")
-        start = self._starts.get((method, path, has_body)) if headers == () else None
-        if start is None:
-            start = self._start(method, path, has_body, headers)
-        if has_body:
-            start = b"%bcontent-length: %d\r\n\r\n" % (start, len(body))
-        else:
-            start += b"\r\n"
-        return [start + body] if len(body) < _JOIN_BELOW else [start, body]
 
     def _start(self, method: str, path: str, has_body: bool, headers: HeaderPairs) -> bytes:
         """The head up to the body's length; kept where a caller adds nothing of its own."""
@@ -419,14 +295,7 @@ class Client:
     def _deadline(self, method: str, path: str, timeout_s: float) -> _Deadline:
         return _Deadline(asyncio.get_running_loop(), timeout_s, f"{method} {path}")
 
-    def _send(self, connection: EngineConnection, request: Request) -> None:
-        request.connection = connection
-        request.reused = connection.used > 0
-        request.sent = sent = time.monotonic()
-        self._wheel.set(connection, self._wheel.ticks(request.ends - sent))
-        connection.send(request, request.method, request.message)
-
-    def _find_way(self, request: Request, *, fresh: bool) -> None:
+    def _find_way(self, request: Request, fresh: bool) -> None:
         """Send once there is a connection for it."""
         request.way = asyncio.get_running_loop().create_task(self._found_way(request, fresh))
 
@@ -443,7 +312,7 @@ class Client:
             request.way = None
             self._send(connection, request)
 
-    def may_retry(self, call: Call, reused: bool) -> bool:
+    def may_retry(self, call: Request | StreamCall, reused: bool) -> bool:
         return self._retry_stale and reused and not call.touched and not self._closed
 
     # The pool
@@ -473,11 +342,6 @@ class Client:
                 return await self._connect(deadline)  # the right to open one was handed over, and counted
         self._connecting += 1
         return await self._connect(deadline)
-
-    def _take_idle(self) -> EngineConnection:
-        connection, _ = self._idle.popitem()
-        self.stats.reused += 1
-        return connection
 
     async def _wait_in_line(self, deadline: _Deadline) -> EngineConnection | None:
         if len(self._waiting) >= self._max_waiting:
@@ -558,7 +422,7 @@ class Client:
         try:
             async with asyncio.timeout(left):
                 _, connection = await loop.create_connection(
-                    lambda: EngineConnection(self._released, self._max_reply_bytes, self._max_header_bytes),
+                    lambda: EngineConnection(self, self._max_reply_bytes, self._max_header_bytes),
                     self.url.host,
                     self.url.port,
                 )
@@ -574,7 +438,7 @@ class Client:
                 self._open.add(connection)
             else:
                 self._hand_on()
-        self.stats.connects += 1
+        self.connects += 1
         if connection.closed or self._closed:
             connection.close()
             self._open.discard(connection)
@@ -587,7 +451,7 @@ class StreamReply:
     with`)."""
 
     def __init__(
-        self, call: StreamCall, deadline: _Deadline, stats: ClientStats, waited_s: float, sent: float
+        self, call: StreamCall, deadline: _Deadline, client: Client, waited_s: float, sent: float
     ) -> None:
         head = call.head
         assert head is not None
@@ -596,7 +460,7 @@ class StreamReply:
         self.waited_s = waited_s
         self._call = call
         self._deadline = deadline
-        self._stats = stats
+        self._client = client
         self._sent = sent
         self._over = False
 
@@ -605,7 +469,7 @@ class StreamReply:
         call = self._call
         while not self._over:
             if self._deadline.expired and not call.ended:
-                self._stats.failed += 1
+                self._client.failed += 1
                 self.close()
                 raise self._deadline.error()
             piece = call.take()
@@ -615,14 +479,14 @@ class StreamReply:
                 self._end()
             elif call.error is not None:
                 self._end()
-                self._stats.failed += 1
+                self._client.failed += 1
                 raise call.error
             else:
                 call.waiter = self._deadline.future()
                 try:
                     await call.waiter
                 except BaseException:
-                    self._stats.failed += 1
+                    self._client.failed += 1
                     self.close()
                     raise
 
@@ -639,7 +503,7 @@ class StreamReply:
     def _end(self) -> None:
         self._over = True
         self._deadline.cancel()
-        self._stats.engine_s += time.monotonic() - self._sent
+        self._client.engine_s += time.monotonic() - self._sent
 
     async def __aenter__(self) -> Self:
         return self
