@@ -1,9 +1,9 @@
 """Builds the extensions: the Cython edge with the whole C core in a single shared object; the device pool's
 edge over csrc/cuda.c, which only the keeper and its clients import; and those that know no arena: rows of
-tokens, messages of a chat, and the short ways of requests through the HTTP layers. Each exports nothing but
-its module init. areal_fast.pth goes beside the package, not into it, in wheels and editable installs alike:
-with it AREAL_FAST=1 works without an import (areal_fast/integrations/autostart.py). Everything else about the
-package is in pyproject.toml.
+tokens, messages of a chat, replies, and the short ways of requests through the HTTP layers. Each exports
+nothing but its module init. areal_fast.pth goes beside the package, not into it, in wheels and editable
+installs alike: with it AREAL_FAST=1 works without an import (areal_fast/integrations/autostart.py).
+Everything else about the package is in pyproject.toml.
 
 Environment, read at build time only:
   AREAL_FAST_SANITIZE=address|undefined|thread   an instrumented build (run under the matching LD_PRELOAD)
@@ -78,10 +78,11 @@ APART = {
     "core._cuda": "csrc/cuda.c",
     "core._tokens": "csrc/tokens.c",
     "core._messages": "csrc/messages.c",
+    "core._replies": None,
     "http._native": "csrc/http_head.c",
     "http._client": "csrc/http_head.c",
 }
-"""Extensions of one C file each, which is not part of the core."""
+"""Extensions of one C file each, or of headers alone, which is not part of the core."""
 LIBRARIES = {"core._cuda": ["dl"]}  # where dlopen lives before glibc 2.34
 
 
@@ -103,7 +104,10 @@ def extension(name, sources, **more):
 core = extension(
     "core._core", [source for source in sorted(glob("csrc/*.c")) if source not in APART.values()]
 )
-others = [extension(name, [source], libraries=LIBRARIES.get(name, [])) for name, source in APART.items()]
+others = [
+    extension(name, [source] if source else [], libraries=LIBRARIES.get(name, []))
+    for name, source in APART.items()
+]
 
 setup(
     ext_modules=cythonize([core, *others], compiler_directives={"language_level": "3"}),

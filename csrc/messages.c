@@ -112,6 +112,126 @@ ptrdiff_t af_messages_scan(const char *body, size_t n, af_range *messages, size_
     return take(&r, '}') ? found : AF_SCAN_NO;
 }
 
+/* The next string, which may hold escapes; *inside is what its quotes hold. */
+static bool take_string(reader *r, const char *text, af_range *inside) {
+    if (r->at >= r->end || *r->at != '"') return false;
+    inside->start = (size_t)(r->at + 1 - text);
+    if (!skip_string(r)) return false;
+    inside->stop = (size_t)(r->at - 1 - text);
+    return true;
+}
+
+static bool is_name(const char *text, af_range inside, const char *name) {
+    size_t n = strlen(name);
+    return inside.stop - inside.start == n && memcmp(text + inside.start, name, n) == 0;
+}
+
+bool af_message_read(const char *text, size_t n, af_plain_message *out) {
+    reader r = {text, text + n};
+    bool role = false, content = false;
+    if (!take(&r, '{')) return false;
+    do {
+        af_range name, value;
+        skip_blanks(&r);
+        if (!take_string(&r, text, &name)) return false;
+        skip_blanks(&r);
+        if (!take(&r, ':')) return false;
+        skip_blanks(&r);
+        if (!take_string(&r, text, &value)) return false;
+        if (!role && is_name(text, name, "role")) {
+            role = true;
+            out->role = value;
+        } else if (!content && is_name(text, name, "content")) {
+            content = true;
+            out->content = value;
+        } else {
+            return false;
+        }
+        skip_blanks(&r);
+    } while (take(&r, ','));
+    return take(&r, '}') && r.at == r.end && role && content &&
+           !memchr(text + out->role.start, '\\', out->role.stop - out->role.start);
+}
+
+/* The value of four hexadecimal digits; -1: they are none. */
+static int32_t hex4(const char *text) {
+    int32_t value = 0;
+    for (int i = 0; i < 4; i++) {
+        char c = text[i];
+        int digit = c >= '0' && c <= '9'   ? c - '0'
+                    : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                    : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                           : -1;
+        if (digit < 0) return -1;
+        value = value << 4 | digit;
+    }
+    return value;
+}
+
+static char *write_utf8(char *to, uint32_t c) {
+    if (c < 0x80) {
+        *to++ = (char)c;
+    } else if (c < 0x800) {
+        *to++ = (char)(0xc0 | c >> 6);
+        *to++ = (char)(0x80 | (c & 63));
+    } else if (c < 0x10000) {
+        *to++ = (char)(0xe0 | c >> 12);
+        *to++ = (char)(0x80 | (c >> 6 & 63));
+        *to++ = (char)(0x80 | (c & 63));
+    } else {
+        *to++ = (char)(0xf0 | c >> 18);
+        *to++ = (char)(0x80 | (c >> 12 & 63));
+        *to++ = (char)(0x80 | (c >> 6 & 63));
+        *to++ = (char)(0x80 | (c & 63));
+    }
+    return to;
+}
+
+/* An escape \\uXXXX, or two that are a surrogate pair, from the first digit on. */
+static bool take_unicode(reader *r, char **to) {
+    int32_t c, low;
+    if (r->end - r->at < 4 || (c = hex4(r->at)) < 0 || (c >= 0xdc00 && c < 0xe000)) return false;
+    r->at += 4;
+    if (c >= 0xd800 && c < 0xdc00) {
+        if (r->end - r->at < 6 || r->at[0] != '\\' || r->at[1] != 'u') return false;
+        low = hex4(r->at + 2);
+        if (low < 0xdc00 || low >= 0xe000) return false;
+        r->at += 6;
+        c = 0x10000 + ((c - 0xd800) << 10) + (low - 0xdc00);
+    }
+    *to = write_utf8(*to, (uint32_t)c);
+    return true;
+}
+
+ptrdiff_t af_json_unescape(const char *text, size_t n, char *out) {
+    static const char plain[256] = {['"'] = '"',  ['\\'] = '\\', ['/'] = '/',  ['b'] = '\b',
+                                    ['f'] = '\f', ['n'] = '\n',  ['r'] = '\r', ['t'] = '\t'};
+    reader r = {text, text + n};
+    char *to = out;
+    unsigned control = 0;
+    for (size_t i = 0; i < n; i++) control |= (unsigned char)text[i] < ' ';
+    if (control) return -1;
+    while (r.at < r.end) {
+        const char *escape = memchr(r.at, '\\', (size_t)(r.end - r.at));
+        size_t size = (size_t)((escape ? escape : r.end) - r.at);
+        memcpy(to, r.at, size);
+        to += size;
+        r.at += size;
+        if (!escape) break;
+        if (r.end - r.at < 2) return -1;
+        unsigned char c = (unsigned char)r.at[1];
+        r.at += 2;
+        if (c == 'u') {
+            if (!take_unicode(&r, &to)) return -1;
+        } else if (plain[c]) {
+            *to++ = plain[c];
+        } else {
+            return -1;
+        }
+    }
+    return to - out;
+}
+
 static uint64_t load(const char *p) {
     uint64_t value;
     memcpy(&value, p, sizeof value);

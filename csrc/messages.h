@@ -1,10 +1,12 @@
-/* messages.h: where the messages of a chat lie in its body, and a digest to know them again by. No arena, no allocation.
+/* messages.h: where the messages of a chat lie in its body, what plain ones say, and a digest to know them again by. No
+ * arena, no allocation.
  *
  * Everything reads only what it is given, whatever that is: bodies come from clients.
  * areal_fast/core/_messages.pyx is the edge. */
 #ifndef AREALFAST_MESSAGES_H
 #define AREALFAST_MESSAGES_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -26,6 +28,21 @@ enum {
  * the elements are what a parser finds in its only member of this name, and the rest is the rest.
  * A body with such a member twice, or with an escape in the name of any member, is AF_SCAN_NO. */
 ptrdiff_t af_messages_scan(const char *body, size_t n, af_range *messages, size_t room, af_range *array);
+
+/* What is between the quotes of a message's two strings. */
+typedef struct {
+    af_range role;
+    af_range content;
+} af_plain_message;
+
+/* Is `text` an object of the members `role` and `content`, in any order, and nothing else, both strings, the names and
+ * the role without escapes? False is no verdict: read it in another way. What is true reads like that as JSON, if the
+ * strings are valid (af_json_unescape, and UTF-8). */
+bool af_message_read(const char *text, size_t n, af_plain_message *out);
+
+/* The inside of a JSON string without its escapes, `n` bytes at most, into `out`; how many it is. -1: it is not valid
+ * (control characters, escapes that there are not, half a surrogate pair). Bytes that are no UTF-8 are passed on. */
+ptrdiff_t af_json_unescape(const char *text, size_t n, char *out);
 
 /* Two secrets for af_digest, and their powers. */
 typedef struct {

@@ -5,15 +5,18 @@ from typing import final
 
 from _typeshed import ReadableBuffer as Buffer
 
-def parse_rows(text: bytes, start: int) -> tuple[bytes, bytes, int] | None:
-    """The rows `[[log-probability, id, …], …]` that begin at `start` of a JSON text: ids int32 [n],
-    log-probabilities float32 [n] (each the nearest double, rounded), and where they end.
+def cut_rows(text: bytes, name: bytes, stand_in: bytes) -> tuple[bytes, bytes, bytes] | None:
+    """The rows `[[log-probability, id, …], …]` behind the only `name:` in a JSON text: ids int32 [n],
+    log-probabilities float32 [n] (each the nearest double, rounded), and the text with `stand_in` in their
+    place. `name` comes with its quotes.
 
-    None is no verdict, but: ask a general reader. It is said of what is no JSON, and of rows that hold
-    anything but numbers, null and plain ASCII strings, an id outside [0, 2**31), or an unusual number."""
+    None is no verdict, but: ask a general reader. It is said of what is no JSON, of a name that stands there
+    twice or behind a backslash, and of rows that hold anything but numbers, null and plain ASCII strings, an
+    id outside [0, 2**31), or an unusual number."""
 
-def ids_text(ids: Buffer) -> bytes:
-    """int32 ids as decimal text, each followed by a comma. BadArgument: not a multiple of four bytes."""
+def ids_json(ids: Buffer, before: bytes = b"", after: bytes = b"") -> bytes:
+    """int32 ids as decimal text, with commas between them, and what stands around them. BadArgument: not a
+    multiple of four bytes."""
 
 @final
 class TokenBytes:

@@ -23,47 +23,80 @@ cdef extern from "tokens.h":
     ptrdiff_t af_rows_parse(const char *text, size_t n, int32_t *ids, float *logprobs, size_t room, size_t *end) nogil
     size_t af_ids_write(const int32_t *ids, size_t n, char *out) nogil
 
+cdef extern from "<string.h>" nogil:
+    void *memmem(const void *text, size_t n, const void *part, size_t size)
+
 cdef extern from "Python.h":
     PyObject *new_bytes "PyBytes_FromStringAndSize"(const char *data, Py_ssize_t size)
 
 
-def parse_rows(bytes text not None, Py_ssize_t start):
-    cdef size_t n, room, end = 0
+def cut_rows(bytes text not None, bytes name not None, bytes stand_in not None):
+    cdef const char *first = PyBytes_AS_STRING(text)
+    cdef const char *end = first + PyBytes_GET_SIZE(text)
+    cdef size_t name_size = <size_t> PyBytes_GET_SIZE(name), n, room, used = 0
+    cdef const char *at
     cdef int32_t *ids
     cdef float *logprobs
     cdef ptrdiff_t rows
-    if not 0 <= start <= PyBytes_GET_SIZE(text):
-        raise BadArgument(f"start {start} is outside the text")
-    n = <size_t> (PyBytes_GET_SIZE(text) - start)
+    at = <const char *> memmem(first, <size_t> (end - first), PyBytes_AS_STRING(name), name_size)
+    if at == NULL or at == first or (at - 1)[0] == c'\\':
+        return None
+    at += name_size
+    if at == end or at[0] != c':':
+        return None
+    at += 1
+    first = at  # the name and its colon stay
+    if at < end and at[0] == c' ':
+        at += 1
+    n = <size_t> (end - at)
     room = n // AF_ROW_MIN + 1
     ids = <int32_t *> PyMem_Malloc(room * (sizeof(int32_t) + sizeof(float)))
     if ids == NULL:
         raise MemoryError
     try:
         logprobs = <float *> (ids + room)
-        rows = af_rows_parse(PyBytes_AS_STRING(text) + start, n, ids, logprobs, room, &end)
-        if rows < 0:
+        rows = af_rows_parse(at, n, ids, logprobs, room, &used)
+        if rows < 0 or memmem(at + used, n - used, PyBytes_AS_STRING(name), name_size) != NULL:
             return None
         return (PyBytes_FromStringAndSize(<char *> ids, rows * 4),
-                PyBytes_FromStringAndSize(<char *> logprobs, rows * 4), start + <Py_ssize_t> end)
+                PyBytes_FromStringAndSize(<char *> logprobs, rows * 4),
+                replaced(text, first - PyBytes_AS_STRING(text), at + used - PyBytes_AS_STRING(text), stand_in))
     finally:
         PyMem_Free(ids)
 
 
-def ids_text(ids not None):
+cdef bytes replaced(bytes text, Py_ssize_t start, Py_ssize_t stop, bytes by):
+    """`text` with `by` in place of text[start:stop]."""
+    cdef Py_ssize_t rest = PyBytes_GET_SIZE(text) - stop
+    cdef Py_ssize_t size = PyBytes_GET_SIZE(by)
+    out = PyBytes_FromStringAndSize(NULL, start + size + rest)
+    cdef char *to = PyBytes_AS_STRING(out)
+    memcpy(to, PyBytes_AS_STRING(text), <size_t> start)
+    memcpy(to + start, PyBytes_AS_STRING(by), <size_t> size)
+    memcpy(to + start + size, PyBytes_AS_STRING(text) + stop, <size_t> rest)
+    return out
+
+
+def ids_json(ids not None, bytes before not None=b"", bytes after not None=b""):
     cdef Py_buffer view
     cdef Py_ssize_t n
-    cdef size_t size
+    cdef size_t size = <size_t> PyBytes_GET_SIZE(before), digits
     cdef PyObject *text
+    cdef char *to
     PyObject_GetBuffer(ids, &view, PyBUF_SIMPLE)
     try:
         if view.len % 4:
             raise BadArgument("ids are int32: four bytes each")
         n = view.len // 4
-        text = new_bytes(NULL, n * AF_DIGITS_MAX)
+        text = new_bytes(NULL, <Py_ssize_t> size + n * AF_DIGITS_MAX + PyBytes_GET_SIZE(after))
         if text == NULL:
             raise MemoryError
-        size = af_ids_write(<const int32_t *> view.buf, <size_t> n, PyBytes_AS_STRING(<object> text))
+        to = PyBytes_AS_STRING(<object> text)
+        memcpy(to, PyBytes_AS_STRING(before), size)
+        digits = af_ids_write(<const int32_t *> view.buf, <size_t> n, to + size)
+        size += digits - (digits > 0)  # the last comma goes
+        memcpy(to + size, PyBytes_AS_STRING(after), <size_t> PyBytes_GET_SIZE(after))
+        size += <size_t> PyBytes_GET_SIZE(after)
     finally:
         PyBuffer_Release(&view)
     _PyBytes_Resize(&text, <Py_ssize_t> size)  # in place: nobody else has it

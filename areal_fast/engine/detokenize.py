@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
@@ -32,7 +32,7 @@ class OutputRejected(Exception):
 
 
 def visible_output(
-    ids: Sequence[int], stop_reason: str, stop_ids: Iterable[int], *, stop_strings: bool = False
+    ids: Sequence[int], stop_reason: str, stop_ids: Collection[int], *, stop_strings: bool = False
 ) -> Sequence[int]:
     """`ids` without trailing stop tokens if the reply stopped; all of it if it ended by length.
 
@@ -43,9 +43,8 @@ def visible_output(
     """
     if stop_reason in ("length", "abort") or not ids:
         return ids
-    stops = set(stop_ids)
     end = len(ids)
-    while end and ids[end - 1] in stops:
+    while end and ids[end - 1] in stop_ids:
         end -= 1
     if end == len(ids) and not stop_strings:
         raise OutputRejected(

@@ -34,7 +34,7 @@ from areal_fast.engine.sglang import Attempt, Call, SGLang
 from areal_fast.engine.sse import EventSplitter, EventTooLong
 from areal_fast.engine.tokenizer import as_prompt
 from areal_fast.engine.vllm import VLLM
-from areal_fast.http import BrokenReply, ClientError, ConnectFailed, Headers, Timeout
+from areal_fast.http import BrokenReply, ConnectFailed, Headers, Timeout
 
 MAX_ATTEMPTS = 20
 PAUSE_POLL_S = 0.02
@@ -104,9 +104,7 @@ class Adapter(Protocol):
 
     name: str
 
-    def generate(
-        self, prompt_json: bytes, sampling: Sampling, max_new_tokens: int, *, stream: bool
-    ) -> Call: ...
+    def generate(self, prompt: bytes, sampling: Sampling, max_new_tokens: int, *, stream: bool) -> Call: ...
 
     def continues(self, sampling: Sampling) -> bool: ...
 
@@ -211,7 +209,7 @@ class Engine:
 
         Raises EngineUnreachable, EngineTimeout, EngineError; then nothing may be recorded.
         """
-        prompt_json = as_prompt(prompt).json
+        data = as_prompt(prompt).data
         ids = array("i")
         logprobs = array("f")
         runs: list[VersionRun] = []
@@ -229,18 +227,7 @@ class Engine:
                         raise EngineError("Engine was interrupted in an answer that it cannot continue")
                     del ids[:], logprobs[:], runs[:]
                 version = self._state.version()
-                call = self._adapter.generate(
-                    _continued(prompt_json, ids),
-                    sampling,
-                    sampling.max_new_tokens - len(ids),
-                    stream=on_tokens is not None,
-                )
-                if on_tokens is not None:
-                    attempt = await self._streamed(call, on_tokens, routed)
-                elif routed is not None:
-                    attempt = await self._received(call, routed)
-                else:
-                    attempt = self._adapter.parse(await self.call(call, timeout_s=self._timeout_s))
+                attempt = await self._attempt(data + ids.tobytes(), len(ids), sampling, on_tokens, routed)
             if attempt.ids:
                 if ids:
                     ids.extend(attempt.ids)
@@ -254,13 +241,7 @@ class Engine:
             if not attempt.ids:
                 # interrupted before it began: whoever did it is about to say so in the shared words
                 await asyncio.sleep(PAUSE_POLL_S)
-        return Generation(
-            output_ids=ids,
-            logprobs=logprobs,
-            version_runs=runs,
-            stop_reason=stop,
-            attempts=attempts,
-        )
+        return Generation(ids, logprobs, runs, stop, attempts)
 
     def begin(self, prompt: Prompt, sampling: Sampling, ended: Callable[[Any], None]) -> First | None:
         """`generate` without a task, for what is neither streamed nor routed: ask now, and call `ended` once
@@ -269,7 +250,7 @@ class Engine:
         if self._state.paused() or sampling.max_new_tokens <= 0:
             return None
         first = First(self, self._state.version())
-        call = self._adapter.generate(prompt.json, sampling, sampling.max_new_tokens, stream=False)
+        call = self._adapter.generate(prompt.data, sampling, sampling.max_new_tokens, stream=False)
         first._asked = self._client.begin("POST", call.path, call.body, timeout_s=self._timeout_s, done=ended)
         return first
 
@@ -277,15 +258,34 @@ class Engine:
         """What an attempt that has ended brought. Raises EngineFault."""
         error = asked.error
         if error is not None:
-            raise self._fault(error, self._timeout_s) from error
+            if isinstance(error, (Timeout, ConnectFailed, BrokenReply)):
+                raise self._fault(error, self._timeout_s) from error
+            raise error
         if asked.status >= 300:
             raise _refused(asked.status, asked.take_body())
         return self._adapter.parse(asked.take_body())
 
+    async def _attempt(
+        self,
+        prompt: bytes,
+        done: int,
+        sampling: Sampling,
+        on_tokens: Callable[[list[int]], None] | None,
+        routed: Receiver | None,
+    ) -> Attempt:
+        """One call. `prompt` ends with the `done` tokens of the answer that are there already."""
+        left = sampling.max_new_tokens - done
+        call = self._adapter.generate(prompt, sampling, left, stream=on_tokens is not None)
+        if on_tokens is not None:
+            return await self._streamed(call, on_tokens, routed)
+        if routed is not None:
+            return await self._received(call, routed)
+        return self._adapter.parse(await self.call(call, timeout_s=self._timeout_s))
+
     async def _received(self, call: Call, routed: Receiver) -> Attempt:
         """A whole answer whose routed experts go to the receiver while it arrives."""
         parts: list[bytes] = []
-        with self._faults(self._timeout_s):
+        try:
             reply = await self._client.stream("POST", call.path, call.body, timeout_s=self._timeout_s)
             try:
                 inlet = _Inlet(reply, routed)
@@ -293,6 +293,8 @@ class Engine:
                     parts.append(part)
             finally:
                 reply.close()
+        except (Timeout, ConnectFailed, BrokenReply) as error:
+            raise self._fault(error, self._timeout_s) from error
         body = b"".join(parts)
         if reply.status >= 300:
             raise _refused(reply.status, body)
@@ -306,7 +308,7 @@ class Engine:
         reader = self._adapter.read_stream()
         splitter = EventSplitter()
         inlet: _Inlet | None = None
-        with self._faults(self._timeout_s):
+        try:
             reply = await self._client.stream("POST", call.path, call.body, timeout_s=self._timeout_s)
             try:
                 if reply.status >= 300:
@@ -327,6 +329,8 @@ class Engine:
                 raise EngineError(f"Engine sent {error}") from error
             finally:
                 reply.close()
+        except (Timeout, ConnectFailed, BrokenReply) as error:
+            raise self._fault(error, self._timeout_s) from error
         attempt = reader.end()
         if inlet is not None:
             await inlet.end(attempt)
@@ -351,24 +355,21 @@ class Engine:
 
     async def call(self, call: Call, *, timeout_s: float) -> bytes:
         """POST to the engine; its answer's body. Raises EngineFault."""
-        with self._faults(timeout_s):
+        try:
             reply = await self._client.request("POST", call.path, call.body, timeout_s=timeout_s)
+        except (Timeout, ConnectFailed, BrokenReply) as error:
+            raise self._fault(error, timeout_s) from error
         if reply.status >= 300:
             raise _refused(reply.status, reply.body)
         return reply.body
 
-    def _faults(self, timeout_s: float) -> _Faults:
-        return _Faults(self, timeout_s)
-
-    def _fault(self, error: Exception, timeout_s: float) -> Exception:
-        """What an error of the HTTP client is here."""
+    def _fault(self, error: Timeout | ConnectFailed | BrokenReply, timeout_s: float) -> EngineFault:
+        """What the HTTP client's error is here."""
         if isinstance(error, Timeout):
             return EngineTimeout(f"Engine {self.address} did not answer within {timeout_s:g} s")
         if isinstance(error, ConnectFailed):
             return EngineUnreachable(f"Cannot reach engine {self.address}: {error}")
-        if isinstance(error, BrokenReply):
-            return EngineUnreachable(f"Engine {self.address} broke off: {error}")
-        return error
+        return EngineUnreachable(f"Engine {self.address} broke off: {error}")
 
 
 class _Inlet:
@@ -406,27 +407,6 @@ class _Inlet:
             await self._routed.end(attempt.prompt_tokens, attempt.completion_tokens)
         except ValueError as error:
             raise EngineError(f"Engine sent routed experts that do not fit: {error}") from error
-
-
-class _Faults:
-    """Turns the HTTP client's errors into EngineFaults."""
-
-    def __init__(self, engine: Engine, timeout_s: float) -> None:
-        self._engine = engine
-        self._timeout_s = timeout_s
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ClientError):
-            raise self._engine._fault(error, self._timeout_s) from error
-
-
-def _continued(prompt_json: bytes, ids: array[int]) -> bytes:
-    if not ids:
-        return prompt_json
-    return prompt_json + (b"," if prompt_json else b"") + Prompt.of(ids).json
 
 
 def _add_run(runs: list[VersionRun], version: int, tokens: int) -> None:

@@ -2,11 +2,16 @@
 rendering or encoding what is known.
 
 A conversation is sent again and again with a little more at its end. Here its messages are found in the body
-as bytes (csrc/messages.c) and looked up by a keyed digest; only those that are new are parsed. The
-template's skeleton for this sequence of roles (skeletons.py) says what stands around the contents. Since
-special tokens cut a text into pieces that are encoded by themselves (segments.py), a message's ids depend on
-its content and on the text between it and the next special tokens, its `_Context`; so they are kept with the
-message, and the prompt is a join.
+as bytes (csrc/messages.c) and looked up by a keyed digest; only those that are new are parsed. What stands
+around them, the request's parameters, repeats too, and is looked up in the same way. The template's skeleton
+for this sequence of roles (skeletons.py) says what stands around the contents. Since special tokens cut a
+text into pieces that are encoded by themselves (segments.py), a message's ids depend on its content and on
+the text between it and the next special tokens, its Context; so they are kept with the message, and the
+prompt is a join. All that happens to what is known is in core/_messages.pyx; here is what has to be thought
+about once.
+
+The digests are keyed by what nobody outside knows and nothing shows, so bodies cannot be made to be taken for
+others (csrc/messages.h).
 
 That is done for messages of a role and a content, both text, for templates that have skeletons and
 tokenizers that have segments, and where every message's segment is cut off as the skeleton says, which is
@@ -20,49 +25,40 @@ ends a message can reach beyond it: what is cut up to there depends on the text 
 from the beginning, whole texts are cut as their parts are.
 
 Invariant: `take(body)` is None, or decode_chat(body) but for its messages, and the prompt that
-HfTokenizer.prompt makes of them. One thread, the loop's. Bounded in bytes: messages, and plans.
+HfTokenizer.prompt makes of them. The request is shared by all bodies that differ in messages only: nobody
+may change it. One thread, the loop's. Bounded in bytes: messages, parameters, and plans.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
-from areal_fast.core._messages import KnownMessages, Message, Plan
+from areal_fast.core._messages import Context, KnownMessages, Message, Plan, Rest
 from areal_fast.engine.segments import Prompt, SegmentEncoder
 from areal_fast.engine.skeletons import Check, Guard, Skeleton, Tracer, answer
 from areal_fast.engine.templates import ChatTemplate
 from areal_fast.protocol.chat import MESSAGES_TAKEN, BadChat, ChatRequest, decode_chat
 
-_MAX_ROLES = 64
-_MAX_ROLE_CHARS = 64
-_MAX_MESSAGES = 512  # of a chat that is taken
 _MAX_PLAN_BYTES = 4 << 20  # of all plans and what they share, about
 _PLAN_BYTES_A_MESSAGE = 64
+_PLAN_BYTES_A_SHAPE = 300
 _PLAN_BYTES_A_TOOL_BYTE = 8  # key, literals as text and ids
 _MAX_QUESTIONS = 60  # different ones: they are bits
 _MAX_SKELETONS_A_SHAPE = 8
 _HOPELESS = 64  # shapes without a skeleton, and none with one: the template has none
-
-
-class _Context(NamedTuple):
-    """What stands around a content, up to the special token that ends its segment (none: the text's end)."""
-
-    before: str
-    after: str
-    until: str
-    trim: bool
-
 
 _message_decoder = msgspec.json.Decoder(dict[str, Any])
 _encode = msgspec.json.Encoder().encode
 
 
 class KnownChats:
-    """For one tokenizer's template and segments. `work` bounds what is encoded at once, in segments'
-    measure."""
+    """For one tokenizer's template and segments. `work` bounds what is encoded at once, in segments' measure.
+
+    The methods without underscore, but for `take`, are what core/_messages.pyi calls a Maker."""
 
     def __init__(
         self, template: ChatTemplate, segments: SegmentEncoder, work: int, *, limit_bytes: int
@@ -71,144 +67,110 @@ class KnownChats:
         self._work = work
         self._cut: re.Pattern[str] | None = segments.cut if _none_within_another(segments.tokens) else None
         self._tracer = Tracer(template)
-        self._messages = KnownMessages(limit_bytes)
-        self._roles: dict[str, int] = {}
-        self._role_names: list[str] = []
         self._template = template
-        self._shapes: dict[tuple[bytes, bytes], list[Plan] | None] = {}
+        self._plans: dict[bytes, dict[bytes, list[Plan] | None]] = {}  # by tools and kwargs, then by roles
         self._plan_bytes = 0
-        self._contexts: dict[_Context, _Context] = {}
+        self._contexts: dict[tuple[str, str, str, bool], Context] = {}
         self._literals: dict[str, bytes] = {}
         self._questions: list[tuple[Check, str]] = []
-        self._found_any = False
+        self._hopes = _HOPELESS
+        self.encode = segments.segment_within
+        starts = "".join({token[0]: None for token in segments.tokens})
+        self._messages = KnownMessages(limit_bytes, self, starts)
 
     def take(self, body: bytes) -> tuple[ChatRequest, Prompt] | None:
         """The chat in `body`, its messages taken out, and their prompt; see above."""
         if self._cut is None:
             return None
-        found = self._messages.find(body)
-        if found is None:
-            return None
-        messages, unknown, start, stop = found
-        fresh: dict[int, str] = {}
-        if len(messages) > _MAX_MESSAGES:
-            return None
-        for place in unknown:
-            new = self._read(body, place)
-            if new is None:
-                return None
-            messages[place], fresh[place] = new
-        known: list[Message] = messages  # type: ignore[assignment]
+        taken = self._messages.take(body, self._work)
+        return None if taken is None else (taken[0], Prompt(taken[1]))
+
+    # -- what is new
+
+    def rest(self, before: bytes, after: bytes) -> Rest | None:
+        """Of a body without its messages. None: the general way must say what is wrong with it."""
         try:
-            chat = decode_chat(b"%b%b%b" % (body[:start], MESSAGES_TAKEN, body[stop:]))
-        except BadChat:
+            chat = decode_chat(b"%b%b%b" % (before, MESSAGES_TAKEN, after))
+            kwargs = chat.template_kwargs
+            shape = b"" if chat.tools is None and not kwargs else _encode((chat.tools, kwargs))
+        except (BadChat, OverflowError, RecursionError):
             return None
-        if chat.template_kwargs or (plan := self._plan(body, known, chat.tools)) is None:
-            return None
-        work = self._work
-        while isinstance(prompt := plan.prompt(known), int):
-            content = fresh.get(prompt)
-            ids, cost = self._encoded(
-                plan.contexts[prompt], self._content(body, prompt) if content is None else content, work
-            )
-            if ids is None:
-                return None
-            self._messages.add(body, prompt, known[prompt], plan.contexts[prompt], ids)
-            work -= cost
-        return chat, Prompt(prompt)
+        plans = self._plans.get(shape)
+        if plans is None:
+            self._count(_PLAN_BYTES_A_SHAPE + _PLAN_BYTES_A_TOOL_BYTE * len(shape))
+            plans = self._plans[shape] = {}
+        return Rest(chat, plans)
 
-    def _raw(self, body: bytes, place: int) -> bytes:
-        start, stop = self._messages.place(place)
-        return body[start:stop]
-
-    def _content(self, body: bytes, place: int) -> str:
-        """Of a message that was read before."""
-        content: str = _message_decoder.decode(self._raw(body, place))["content"]
-        return content
-
-    def _read(self, body: bytes, place: int) -> tuple[Message, str] | None:
-        """A message that is not known, and its content. None: it is not of this kind, or cannot be read."""
+    def read(self, text: bytes) -> tuple[str, str] | None:
+        """Role and content of a message. None: it is not of this kind, or cannot be read."""
         try:
-            fields = _message_decoder.decode(self._raw(body, place))
+            fields = _message_decoder.decode(text)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         given = {name: value for name, value in fields.items() if value is not None}
         role, content = given.get("role"), given.get("content")
         if len(given) != 2 or not isinstance(role, str) or not isinstance(content, str):
             return None
-        number = self._roles.get(role)
-        if number is None:
-            if len(self._role_names) == _MAX_ROLES or len(role) > _MAX_ROLE_CHARS:
-                return None
-            number = self._roles[role] = len(self._role_names)
-            self._role_names.append(role)
-        message = Message(number)
-        self._answer(message, content)
-        return message, content
+        return role, content
 
-    def _answer(self, message: Message, content: str) -> None:
+    def answer(self, message: Message, content: str) -> None:
         """Every question so far."""
         answers = 0
         for bit, (check, text) in enumerate(self._questions):
             answers |= answer(content, check, text) << bit
         message.asked, message.answers = (1 << len(self._questions)) - 1, answers
 
-    def _encoded(self, context: object, content: str, work: int) -> tuple[bytes | None, int]:
-        """The ids of a content in its context, and how much work that was. No ids: it would be more than
-        `work`, or the content is not cut off as it should be; the general way must be gone."""
-        assert isinstance(context, _Context) and self._cut is not None
-        shown = content.strip() if context.trim else content
-        segment = f"{context.before}{shown}{context.after}"
-        parts = self._cut.split(segment + context.until)
-        if parts != ([segment, context.until, ""] if context.until else [segment]):
-            return None, 0
-        return self._segments.segment_within(segment, work) or (None, 0)
+    def is_cut(self, segment: str, until: str) -> bool:
+        """Does `until` cut `segment` + `until` there, and nothing before?"""
+        assert self._cut is not None
+        parts = self._cut.split(segment + until)
+        return parts == ([segment, until, ""] if until else [segment])
 
     # -- plans: skeletons with their literals encoded
     # ---------------------------------------------------------------------------------------------
 
-    def _plan(self, body: bytes, messages: list[Message], tools: list[dict[str, Any]] | None) -> Plan | None:
-        """The plan for these roles and tools whose guards these messages meet."""
-        roles = self._messages.roles(messages)
-        shape = roles, b"" if tools is None else _encode(tools)
-        plans = self._shapes.get(shape, ())
-        if plans is None:
-            return None
-        for plan in plans:
-            while (place := plan.fits(messages)) is not None and place >= 0:
-                self._answer(messages[place], self._content(body, place))
-            if place is None:
-                return plan
+    def plan(self, rest: Rest, roles: bytes, names: list[str], contents: list[str]) -> Plan | None:
+        """A new plan for these messages, kept for others like them. None: there is none."""
+        plans = rest.plans.get(roles) or []
         if len(plans) >= _MAX_SKELETONS_A_SHAPE:
             return None
-        new = self._traced(body, roles, tools)
-        self._plan_bytes += _PLAN_BYTES_A_MESSAGE * len(roles) + _PLAN_BYTES_A_TOOL_BYTE * len(shape[1])
-        if self._plan_bytes > _MAX_PLAN_BYTES:
-            self._forget()
+        chat: ChatRequest = rest.chat
+        new = self._traced(names, contents, chat.tools, chat.template_kwargs)
+        self._count(_PLAN_BYTES_A_MESSAGE * len(roles))
         if new is None:
-            self._shapes[shape] = None
-            if not self._found_any and len(self._shapes) >= _HOPELESS:
+            rest.plans[roles] = None
+            self._hopes -= 1
+            if self._hopes == 0:
                 self._cut = None
             return None
-        self._found_any = True
-        self._shapes[shape] = [*plans, new]
+        self._hopes = -1
+        rest.plans[roles] = [*plans, new]
         return new
 
-    def _forget(self) -> None:
-        """Every plan, and what they share. What messages have in contexts that are gone is encoded anew."""
-        self._shapes.clear()
+    def _count(self, size: int) -> None:
+        """So much more is kept. If that is too much, every plan goes, and what they share; what messages
+        have in contexts that are gone is encoded anew."""
+        self._plan_bytes += size
+        if self._plan_bytes <= _MAX_PLAN_BYTES:
+            return
+        self._plan_bytes = size
+        self._plans.clear()  # rests hold these dictionaries, too
+        self._messages.forget_rests()
         self._contexts.clear()
         self._literals.clear()
-        self._plan_bytes = 0
 
-    def _traced(self, body: bytes, roles: bytes, tools: list[dict[str, Any]] | None) -> Plan | None:
-        names = [self._role_names[role] for role in roles]
-        contents = [self._content(body, place) for place in range(len(roles))]
-        skeleton = self._tracer.trace(names, contents, tools)
+    def _traced(
+        self,
+        roles: list[str],
+        contents: list[str],
+        tools: list[dict[str, Any]] | None,
+        kwargs: Mapping[str, Any],
+    ) -> Plan | None:
+        skeleton = self._tracer.trace(roles, contents, tools, kwargs)
         if skeleton is None:
             return None
-        said = [{"role": role, "content": content} for role, content in zip(names, contents, strict=True)]
-        if skeleton.text(contents) != self._template.render(said, tools):
+        said = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        if skeleton.text(contents) != self._template.render(said, tools, kwargs):
             return None  # never: a second look at the one claim that all rests on
         return self._lay(skeleton)
 
@@ -228,8 +190,11 @@ class KnownChats:
         for i, trim in enumerate(skeleton.trimmed):
             following = cut[i + 1]
             until = following[1] if len(following) > 1 else ""
-            context = _Context(cut[i][-1], following[0], until, trim)
-            contexts.append(self._contexts.setdefault(context, context))
+            key = cut[i][-1], following[0], until, trim
+            context = self._contexts.get(key)
+            if context is None:
+                context = self._contexts[key] = Context(*key)
+            contexts.append(context)
         return Plan(tuple(contexts), tuple(ids for ids in literals if ids is not None), guards)
 
     def _literal(self, text: str) -> bytes | None:

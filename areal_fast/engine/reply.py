@@ -1,8 +1,8 @@
 """What the client of a chat is sent: `chat.completion` and its chunks, as bytes.
 
 Members, their order and the null ones are those that the original's OpenAI models print (transcripts/03),
-`model` being the text "None". Everything but id, time, text and counts is constant, so a reply is a few
-joins around one JSON string.
+`model` being the text "None". Everything but id, time, text and counts is constant, so a reply is written
+into one buffer (core/_replies.pyx), and an event is a join around one JSON string.
 """
 
 from __future__ import annotations
@@ -12,10 +12,21 @@ from collections.abc import Sequence
 
 import msgspec
 
+from areal_fast.core._replies import Form
 from areal_fast.engine.answer import ToolCall
 
 _encode = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
+_HOLE = b"\0"
+_form = Form(
+    *(
+        b'{"id":"\0","choices":[{"finish_reason":"\0","index":0,"logprobs":null,"message":{"content":"\0",'
+        b'"refusal":null,"role":"assistant","annotations":null,"audio":null,"function_call":null,"tool_calls":\0}}],'
+        b'"created":\0,"model":"None","object":"chat.completion","service_tier":null,"system_fingerprint":null,'
+        b'"usage":{"completion_tokens":\0,"prompt_tokens":\0,"total_tokens":\0,'
+        b'"completion_tokens_details":null,"prompt_tokens_details":null}}'
+    ).split(_HOLE)
+)
 
 
 def new_interaction_id() -> str:
@@ -48,18 +59,9 @@ def completion(
     tool_calls: Sequence[ToolCall] = (),
 ) -> bytes:
     """The body of a reply that does not stream. `created`: Unix seconds."""
-    return (
-        b'{"id":"%b","choices":[{"finish_reason":"%b","index":0,"logprobs":null,"message":{"content":%b,'
-        b'"refusal":null,"role":"assistant","annotations":null,"audio":null,"function_call":null,"tool_calls":%b}}],'
-        b'"created":%d,"model":"None","object":"chat.completion","service_tier":null,"system_fingerprint":null,'
-        b'"usage":%b}'
-    ) % (
-        interaction_id.encode(),
-        finish_reason.encode(),
-        _encode(content),
-        b"[%b]" % b",".join(b"{%b}" % _tool_call(call) for call in tool_calls) if tool_calls else b"null",
-        created,
-        _usage(prompt_tokens, completion_tokens),
+    calls = b"[%b]" % b",".join(b"{%b}" % _tool_call(call) for call in tool_calls) if tool_calls else b"null"
+    return _form.fill(
+        interaction_id, finish_reason, content, calls, created, prompt_tokens, completion_tokens
     )
 
 

@@ -92,18 +92,33 @@ def sampling_from_chat(
     max_total_tokens: int = MAX_TOTAL_TOKENS,
     seed: int | None = None,
 ) -> Sampling:
-    """The request's Sampling. `seed` is used where the request has none. Raises BadChat (400)."""
-    return Sampling(
-        max_new_tokens=new_tokens_budget(
-            chat, prompt_tokens, engine_max_tokens=engine_max_tokens, max_total_tokens=max_total_tokens
-        ),
-        stop_token_ids=tuple(stop_token_ids),
+    """The request's Sampling: the same object as the last one that was made of it, if that is equal. `seed`
+    is used where the request has none. Raises BadChat (400)."""
+    max_new_tokens = new_tokens_budget(
+        chat, prompt_tokens, engine_max_tokens=engine_max_tokens, max_total_tokens=max_total_tokens
+    )
+    stops = tuple(stop_token_ids)
+    if chat.seed is not None:
+        seed = chat.seed
+    last: Sampling | None = chat.sampled
+    if (
+        last is not None
+        and last.max_new_tokens == max_new_tokens
+        and last.seed == seed
+        and last.stop_token_ids == stops
+    ):
+        return last
+    made = Sampling(
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=stops,
         temperature=1.0 if chat.temperature is None else chat.temperature,
         top_p=chat.top_p or 1.0,  # 0 means the default too, as in the original
         frequency_penalty=chat.frequency_penalty or 0.0,
         stop=tuple(chat.stop_strings),
-        seed=seed if chat.seed is None else chat.seed,
+        seed=seed,
         images=tuple(chat.images) if chat.images else None,
         vision_messages=chat.vision_messages,
         return_routed_experts=bool(chat.metadata and chat.metadata.get("return_routed_experts")),
     )
+    chat.sampled = made
+    return made

@@ -30,7 +30,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tokenizers import AddedToken, Tokenizer
 
-from areal_fast.core._tokens import ids_text
+from areal_fast.core._tokens import ids_json
 from areal_fast.engine.words import Unsupported, WordEncoder
 
 # what an entry costs beside its two buffers: str, bytes object, dictionary slot
@@ -52,7 +52,7 @@ class Prompt:
     def json(self) -> bytes:
         """The ids as JSON for the engine, comma separated, without brackets. Made when asked for: 3 ns an
         id."""
-        return ids_text(self.data)[:-1]
+        return ids_json(self.data)
 
     @classmethod
     def of(cls, ids: Iterable[int]) -> Prompt:

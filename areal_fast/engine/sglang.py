@@ -1,8 +1,8 @@
 """SGLang's native generation API: what POST /generate is sent, and what its answers mean. No I/O.
 
 A request is token ids in, token ids out: text is never sent or read, so nothing is tokenized twice. The
-body's members and their order are those of the original (transcripts, "backend_received"). The ids are
-spliced in as the JSON digits that the tokenizer's cache keeps, so the cost of a long prompt is a copy.
+body's members and their order are those of the original (transcripts, "backend_received"). It is written
+into one buffer, the ids' digits by core/_tokens.pyx; what stands around them is remembered.
 
 An answer's truth is `meta_info.output_token_logprobs`, rows of [log-probability, token id, text or null].
 Where rows are missing the turn cannot be trained on, so that is an error; only an abort before prefill may
@@ -24,7 +24,7 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
-from areal_fast.core._tokens import parse_rows
+from areal_fast.core._tokens import cut_rows, ids_json
 from areal_fast.engine.errors import EngineError
 from areal_fast.engine.sampling import TOP_K_ALL, Sampling
 
@@ -34,6 +34,8 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _NULL = msgspec.Raw(b"null")
 _ROWS = b'"output_token_logprobs"'
 _ROWS_WERE_HERE = -1
+_MARK = b"-1"
+_SPELLED_KEPT = 256
 
 
 class Attempt(msgspec.Struct, gc=False):
@@ -126,36 +128,42 @@ _event_decoder = msgspec.json.Decoder(_Event)
 _rows_decoder = msgspec.json.Decoder(list[_Row])
 
 
+class Spelled:
+    """What an adapter wrote for the last Samplings, found by identity: a request's parameters often repeat,
+    and then their Sampling is the same object (sampling.py). Bounded; none with images is kept alive."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Sampling, bytes]] = {}
+
+    def get(self, sampling: Sampling) -> bytes | None:
+        kept = self._kept.get(id(sampling))
+        return None if kept is None else kept[1]  # who is kept has its id to itself
+
+    def keep(self, sampling: Sampling, text: bytes) -> bytes:
+        """`text` again."""
+        if sampling.images is None and sampling.vision_messages is None:
+            if len(self._kept) >= _SPELLED_KEPT:
+                self._kept.clear()
+            self._kept[id(sampling)] = sampling, text
+        return text
+
+
 class SGLang:
-    """The adapter for SGLang. Stateless."""
+    """The adapter for SGLang."""
 
     name = "sglang"
 
-    def generate(self, prompt_json: bytes, sampling: Sampling, max_new_tokens: int, *, stream: bool) -> Call:
-        """One attempt. `prompt_json`: the ids so far as JSON digits without brackets."""
-        parameters = _SamplingParams(
-            top_p=sampling.top_p,
-            top_k=TOP_K_ALL,
-            max_new_tokens=max_new_tokens,
-            temperature=sampling.temperature,
-            stop_token_ids=sampling.stop_token_ids,
-            ignore_eos=False,
-            skip_special_tokens=True,
-            frequency_penalty=sampling.frequency_penalty,
-            stop=sampling.stop,
-            sampling_seed=sampling.seed,
-        )
-        body = (
-            b'{"input_ids":[%b],"image_data":%b,"sampling_params":%b,"return_logprob":true,"stream":%b%b}'
-            % (
-                prompt_json,
-                b"null" if sampling.images is None else _encode(sampling.images),
-                _encode(parameters),
-                b"true" if stream else b"false",
-                b',"return_routed_experts":true' if sampling.return_routed_experts else b"",
-            )
-        )
-        return Call("/generate", body)
+    def __init__(self) -> None:
+        self._spelled = Spelled(), Spelled()
+
+    def generate(self, prompt: bytes, sampling: Sampling, max_new_tokens: int, *, stream: bool) -> Call:
+        """One attempt. `prompt`: the ids so far, int32."""
+        if max_new_tokens == sampling.max_new_tokens:
+            spelled = self._spelled[stream]
+            after = spelled.get(sampling) or spelled.keep(sampling, _after(sampling, max_new_tokens, stream))
+        else:
+            after = _after(sampling, max_new_tokens, stream)
+        return Call("/generate", ids_json(prompt, b'{"input_ids":[', after))
 
     def continues(self, sampling: Sampling) -> bool:
         """Can an interrupted answer go on from its tokens?"""
@@ -202,31 +210,50 @@ class SGLang:
         return Call("/resume_memory_occupation", b"{}" if tags is None else _encode({"tags": tags}))
 
 
+def _after(sampling: Sampling, max_new_tokens: int, stream: bool) -> bytes:
+    """A request's body from the end of its ids on."""
+    parameters = _SamplingParams(
+        top_p=sampling.top_p,
+        top_k=TOP_K_ALL,
+        max_new_tokens=max_new_tokens,
+        temperature=sampling.temperature,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=False,
+        skip_special_tokens=True,
+        frequency_penalty=sampling.frequency_penalty,
+        stop=sampling.stop,
+        sampling_seed=sampling.seed,
+    )
+    return b'],"image_data":%b,"sampling_params":%b,"return_logprob":true,"stream":%b%b}' % (
+        b"null" if sampling.images is None else _encode(sampling.images),
+        _encode(parameters),
+        b"true" if stream else b"false",
+        b',"return_routed_experts":true' if sampling.return_routed_experts else b"",
+    )
+
+
 def _quickly(body: bytes) -> Attempt | None:
     """An answer in the usual form, its rows read straight into arrays; None: read it in the general way.
 
     The rows are looked for by their name. A quote that is not escaped and begins it is a member's, or the
     rest of the answer would not be JSON; a second one, or one in another place, leaves no mark in
     meta_info."""
-    at = body.find(_ROWS)
-    if at < 1 or body[at - 1] == 0x5C:
-        return None
-    start = at + len(_ROWS)
-    if not body.startswith(b":", start):
-        return None
-    rows = parse_rows(body, start + (2 if body.startswith(b" ", start + 1) else 1))
-    if rows is None or body.find(_ROWS, rows[2]) >= 0:
+    rows = cut_rows(body, _ROWS, _MARK)
+    if rows is None:
         return None
     try:
-        meta = _marked_decoder.decode(b"%b:%d%b" % (body[:start], _ROWS_WERE_HERE, body[rows[2] :])).meta_info
+        meta = _marked_decoder.decode(rows[2]).meta_info
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     if meta.output_token_logprobs != _ROWS_WERE_HERE:
         return None
-    ids, logprobs = array("i"), array("f")
-    ids.frombytes(rows[0])
-    logprobs.frombytes(rows[1])
-    return Attempt(ids, logprobs, meta.finish_reason.type, meta.prompt_tokens, meta.completion_tokens)
+    return Attempt(
+        array("i", rows[0]),
+        array("f", rows[1]),
+        meta.finish_reason.type,
+        meta.prompt_tokens,
+        meta.completion_tokens,
+    )
 
 
 class StreamedAttempt:

@@ -2,9 +2,9 @@
 look into.
 
 Most templates copy a message's content and never look at it. Then the prompt's text is a skeleton of constant
-pieces with holes, the same for all conversations of the same shape (roles in order, tools), and whoever knows
-the skeleton need not run the template. `Tracer.trace` finds it by running the template itself, once a shape,
-with a `_Hole` in place of each content.
+pieces with holes, the same for all conversations of the same shape (roles in order, tools, template kwargs),
+and whoever knows the skeleton need not run the template. `Tracer.trace` finds it by running the template
+itself, once a shape, with a `_Hole` in place of each content.
 
 A hole is no str. It can be written out, added to text, and asked what every text answers alike (is it a
 string, is it defined…). Everything else that Python or Jinja can do with an object goes through its type's
@@ -24,7 +24,7 @@ skeleton's shape that meet its guards, `text(contents)` is what ChatTemplate.ren
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import jinja2
@@ -294,10 +294,14 @@ class Tracer:
             self._template = None
 
     def trace(
-        self, roles: Sequence[str], contents: Sequence[str], tools: Sequence[dict[str, Any]] | None
+        self,
+        roles: Sequence[str],
+        contents: Sequence[str],
+        tools: Sequence[dict[str, Any]] | None,
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Skeleton | None:
-        """The skeleton of messages {role, content} and these tools that holds for these contents, among
-        others; None: the template is not of this kind, or refuses them."""
+        """The skeleton of messages {role, content}, these tools and template kwargs that holds for these
+        contents, among others; None: the template is not of this kind, or refuses them."""
         if self._template is None:
             return None
         guards: list[Guard] = []
@@ -306,7 +310,7 @@ class Tracer:
             for i, (role, content) in enumerate(zip(roles, contents, strict=True))
         ]
         try:
-            pieces = _field(_Text(self._template.pieces(messages, tools)), "pieces")
+            pieces = _field(_Text(self._template.pieces(messages, tools, kwargs)), "pieces")
         except Observed:
             return None
         except Exception:  # whatever the template says against these messages, rendering will say it

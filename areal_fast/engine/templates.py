@@ -231,12 +231,16 @@ class ChatTemplate:
         """The same template in another environment."""
         return ChatTemplate(self._source, self._variables, environment)
 
-    def pieces(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[Any]:
-        """What the template writes, piece by piece; joined, `render` without kwargs. Raises whatever the
+    def pieces(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Any]:
+        """What the template writes, piece by piece; joined, it is what `render` returns. Raises whatever the
         template raises."""
+        variables = self._variables_for(messages, tools, kwargs)
         template = self._choose(tools)
-        variables: dict[str, Any] = {**self._variables, "documents": None}
-        variables.update(messages=_with_reasoning(messages), tools=tools, add_generation_prompt=True)
         return list(template.root_render_func(template.new_context(variables)))
 
     def render(
@@ -251,6 +255,21 @@ class ChatTemplate:
         are the request's chat_template_kwargs. Raises TemplateFailed (400).
         """
         template = self._choose(tools)
+        variables = self._variables_for(messages, tools, kwargs)
+        try:
+            return template.render(variables)
+        except ValueError as error:
+            raise TemplateFailed(str(error)) from error
+        except Exception as error:  # the template's own errors, whatever they are, are answers to the client
+            raise TemplateFailed(f"{type(error).__name__}: {error}") from error
+
+    def _variables_for(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        kwargs: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """Raises TemplateFailed for kwargs that cannot be."""
         variables: dict[str, Any] = {**self._variables, "documents": None}
         if kwargs:
             check_template_kwargs(kwargs)
@@ -258,15 +277,8 @@ class ChatTemplate:
                 (k, v) for k, v in kwargs.items() if k not in _UNSUPPORTED and k != "return_dict"
             )
             _check_documents(variables["documents"])
-        variables["messages"] = _with_reasoning(messages)
-        variables["tools"] = tools
-        variables["add_generation_prompt"] = True
-        try:
-            return template.render(variables)
-        except ValueError as error:
-            raise TemplateFailed(str(error)) from error
-        except Exception as error:  # the template's own errors, whatever they are, are answers to the client
-            raise TemplateFailed(f"{type(error).__name__}: {error}") from error
+        variables.update(messages=_with_reasoning(messages), tools=tools, add_generation_prompt=True)
+        return variables
 
     def _choose(self, tools: Sequence[dict[str, Any]] | None) -> jinja2.Template:
         if not self._single and tools is not None and "tool_use" in self._templates:

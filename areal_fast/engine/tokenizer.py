@@ -146,6 +146,7 @@ class HfTokenizer:
         self.eos_id = self._id_of("eos_token")
         pad_id = self._id_of("pad_token")
         self.pad_id = self.eos_id if pad_id is None else pad_id
+        self.stop_ids = sorted({i for i in (self.eos_id, self.pad_id) if i is not None})
         by_bytes = type(self._encoder.decoder).__name__ == "ByteLevel" and not self._clean_up
         self._bytes = TokenBytes(self.vocab_size, _Speller(self._encoder)) if by_bytes else None
         self._by_window = not self._clean_up and _is_sentencepiece(self._encoder)
@@ -153,10 +154,6 @@ class HfTokenizer:
     def _id_of(self, name: str) -> int | None:
         token = self.named_tokens.get(name)
         return None if token is None else self._encoder.token_to_id(token)
-
-    @property
-    def stop_ids(self) -> list[int]:
-        return sorted({i for i in (self.eos_id, self.pad_id) if i is not None})
 
     # -- to ids
     # -----------------------------------------------------------------------------------------------------

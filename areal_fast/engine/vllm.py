@@ -23,9 +23,10 @@ from urllib.parse import urlencode
 
 import msgspec
 
+from areal_fast.core._tokens import ids_json
 from areal_fast.engine.errors import EngineError
 from areal_fast.engine.sampling import TOP_K_ALL, Sampling
-from areal_fast.engine.sglang import Attempt, Call, error_text
+from areal_fast.engine.sglang import Attempt, Call, Spelled, error_text
 
 NO_LOGPROB = -9999.0
 _TOKEN = "token:"
@@ -81,35 +82,27 @@ _decoder = msgspec.json.Decoder(_Answer)
 
 
 class VLLM:
-    """The adapter for vLLM. Stateless."""
+    """The adapter for vLLM."""
 
     name = "vllm"
 
-    def generate(self, prompt_json: bytes, sampling: Sampling, max_new_tokens: int, *, stream: bool) -> Call:
-        """One attempt. `prompt_json`: the ids so far as JSON digits without brackets."""
-        vision = sampling.vision_messages is not None
-        parameters = _encode(
-            _Parameters(
-                top_p=sampling.top_p,
-                top_k=TOP_K_ALL,
-                max_tokens=max_new_tokens,
-                temperature=sampling.temperature,
-                stop_token_ids=sampling.stop_token_ids,
-                ignore_eos=False,
-                skip_special_tokens=True,
-                return_tokens_as_token_ids=True,
-                logprobs=vision or 0,
-                use_beam_search=False,
-                stream=stream,
-                frequency_penalty=sampling.frequency_penalty or None,
-                stop=sampling.stop,
-                seed=sampling.seed,
+    def __init__(self) -> None:
+        self._spelled = Spelled(), Spelled()
+
+    def generate(self, prompt: bytes, sampling: Sampling, max_new_tokens: int, *, stream: bool) -> Call:
+        """One attempt. `prompt`: the ids so far, int32."""
+        if sampling.vision_messages is not None:
+            messages = _encode(_with_images(sampling.vision_messages, sampling.images or ()))
+            parameters = _parameters(sampling, max_new_tokens, stream)
+            return Call("/v1/chat/completions", b'%b,"messages":%b}' % (parameters, messages))
+        if max_new_tokens == sampling.max_new_tokens:
+            spelled = self._spelled[stream]
+            parameters = spelled.get(sampling) or spelled.keep(
+                sampling, _parameters(sampling, max_new_tokens, stream)
             )
-        )
-        if sampling.vision_messages is None:
-            return Call("/v1/completions", b'%b,"prompt":[%b]}' % (parameters[:-1], prompt_json))
-        messages = _with_images(sampling.vision_messages, sampling.images or ())
-        return Call("/v1/chat/completions", b'%b,"messages":%b}' % (parameters[:-1], _encode(messages)))
+        else:
+            parameters = _parameters(sampling, max_new_tokens, stream)
+        return Call("/v1/completions", ids_json(prompt, b'%b,"prompt":[' % parameters, b"]}"))
 
     def continues(self, sampling: Sampling) -> bool:
         """Can an interrupted answer go on from its tokens?"""
@@ -174,6 +167,27 @@ class StreamedAttempt:
         if not self._saw_logprobs and self.attempt.stop != "abort":
             raise EngineError("Engine sent an answer without logprobs")
         return self.attempt
+
+
+def _parameters(sampling: Sampling, max_new_tokens: int, stream: bool) -> bytes:
+    """The body's members but for the prompt; its end is open."""
+    parameters = _Parameters(
+        top_p=sampling.top_p,
+        top_k=TOP_K_ALL,
+        max_tokens=max_new_tokens,
+        temperature=sampling.temperature,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=False,
+        skip_special_tokens=True,
+        return_tokens_as_token_ids=True,
+        logprobs=sampling.vision_messages is not None or 0,
+        use_beam_search=False,
+        stream=stream,
+        frequency_penalty=sampling.frequency_penalty or None,
+        stop=sampling.stop,
+        seed=sampling.seed,
+    )
+    return _encode(parameters)[:-1]
 
 
 def _decoded(data: bytes) -> _Answer:

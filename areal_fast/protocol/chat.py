@@ -78,6 +78,9 @@ class ChatRequest(msgspec.Struct, kw_only=True, gc=False):
     """Base64 data or URL of each image in the messages, in order. Never read from the body."""
     vision_messages: list[dict[str, Any]] | None = None
     """If there are images: the messages with their image_url parts. Never read from the body."""
+    sampled: Any = None
+    """The Sampling last made of it (engine/sampling.py), of which it is not changed any more. Never read from
+    the body."""
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
@@ -115,7 +118,7 @@ def decode_chat(body: bytes) -> ChatRequest:
     if not request.messages:
         raise BadChat("messages cannot be empty")
     _check(request)
-    request.images = request.vision_messages = None
+    request.images = request.vision_messages = request.sampled = None
     for message in request.messages:
         for value in message.values():
             if type(value) is not str:
@@ -234,8 +237,8 @@ def _decode_again(body: bytes, error: Exception) -> ChatRequest:
         raise BadChat(_json_detail(body, decode_error)) from error
     if not isinstance(fields, dict):
         raise BadChat("Request body must be a JSON object")
-    fields.pop("images", None)
-    fields.pop("vision_messages", None)
+    for name in ("images", "vision_messages", "sampled"):
+        fields.pop(name, None)
     if "messages" not in fields:
         raise BadChat(_NO_MESSAGES)
     fields["messages"] = _messages(fields["messages"])

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Schema = dict[str, Any]
 
 _JSON: Final = "application/json"
-_COMPUTED: Final = ("images", "vision_messages")
+_COMPUTED: Final = ("images", "vision_messages", "sampled")
 """Fields of ChatRequest that are never read from a body."""
 
 _TEXT: Final[Schema] = {"type": "string"}

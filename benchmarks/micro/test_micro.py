@@ -17,7 +17,7 @@ import pytest
 
 from areal_fast.core._core import Arena
 from areal_fast.core._messages import fingerprint
-from areal_fast.core._tokens import ids_text
+from areal_fast.core._tokens import ids_json
 from areal_fast.engine.sglang import SGLang
 from areal_fast.engine.templates import ChatTemplate
 from areal_fast.engine.tokenizer import HfTokenizer, load_tokenizer
@@ -144,7 +144,7 @@ def test_known_chat(benchmark: Any, tokenizer: HfTokenizer, count: int) -> None:
 
 def test_ids_as_json(benchmark: Any) -> None:
     ids = np.random.default_rng(1).integers(0, 150_000, 4000, np.int32).tobytes()
-    benchmark(ids_text, ids)
+    benchmark(ids_json, ids)
 
 
 def test_fingerprint_of_a_body(benchmark: Any) -> None:

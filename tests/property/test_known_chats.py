@@ -8,12 +8,13 @@ import functools
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from areal_fast.core import BadArgument
-from areal_fast.core._messages import KnownMessages, Message, Plan, digest, fingerprint
+from areal_fast.core._messages import Context, KnownMessages, Message, Plan, Rest, digest, fingerprint
 from areal_fast.engine.known import KnownChats
 from areal_fast.engine.skeletons import Tracer
 from areal_fast.engine.templates import ChatTemplate, TemplateFailed
@@ -91,6 +92,9 @@ QWEN3 = r"""{%- if tools %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
 {%- endif %}
 """  # noqa: E501
 GLUED = (
@@ -118,10 +122,11 @@ def check(known: KnownChats, template: ChatTemplate, tokenizer: HfTokenizer, bod
         return False
     request, prompt = taken
     general = decode_chat(body)
+    assert request.messages == [{}]
     expected = tokenizer.encode(template.render(general.messages, general.tools, general.template_kwargs))
     assert prompt.data == expected.data
     assert prompt.json == expected.json
-    request.messages = general.messages
+    general.messages = request.messages
     assert request == general
     return True
 
@@ -141,9 +146,15 @@ message = st.one_of(
 )
 members = st.dictionaries(
     st.sampled_from(["temperature", "max_tokens", "stream", "model", "x", "metadata",
-    "chat_template_kwargs"]), st.sampled_from([None, 1, True, "a\\\"]}", {"messages": [{"a": "]"}]},
+    "extra_body"]), st.sampled_from([None, 1, True, "a\\\"]}", {"messages": [{"a": "]"}]},
     [["]"]]]), max_size=3,
 )  # fmt: skip
+
+kwargs = st.none() | st.dictionaries(
+    st.sampled_from(["enable_thinking", "tools", "documents", "x"]),
+    st.sampled_from([None, True, False, 1, "x", [{"title": "t"}]]),
+    max_size=2,
+)
 
 
 @st.composite
@@ -151,6 +162,8 @@ def bodies(draw: st.DrawFn, messages: st.SearchStrategy[Any] = message) -> bytes
     fields = [*draw(members).items(), ("messages", draw(st.lists(messages, min_size=1, max_size=6)))]
     if draw(st.booleans()):
         fields.append(("tools", draw(st.none() | st.lists(tool, max_size=2))))
+    if draw(st.booleans()):
+        fields.append(("chat_template_kwargs", draw(kwargs)))
     separators = draw(st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", "\t: ")]))
     ordered = dict(draw(st.permutations(fields)))
     return json.dumps(ordered, ensure_ascii=draw(st.booleans()), separators=separators).encode()
@@ -210,9 +223,121 @@ def test_damaged_bodies(body: bytes, data: st.DataObject) -> None:
         pytest.fail(f"taken, and refused in the general way: {error}")
 
 
+class Reading:
+    """A Maker that only looks on."""
+
+    def __init__(self) -> None:
+        self.read_here: list[bytes] = []
+        self.contents: list[str] = []
+        self.names: list[str] = []
+        self.rests: list[tuple[bytes, bytes]] = []
+
+    def rest(self, before: bytes, after: bytes) -> Rest | None:
+        self.rests.append((before, after))
+        return Rest(None, {})
+
+    def read(self, text: bytes) -> tuple[str, str] | None:
+        self.read_here.append(text)
+        return None
+
+    def answer(self, message: Message, content: str) -> None:
+        self.contents.append(content)
+
+    def plan(self, rest: Rest, roles: bytes, names: list[str], contents: list[str]) -> Plan | None:
+        assert contents == self.contents[-len(contents) :]
+        self.names = names
+        return None
+
+    def is_cut(self, segment: str, until: str) -> bool:
+        raise AssertionError
+
+    encode: Any = None
+
+
+def read(body: bytes) -> Reading:
+    reading = Reading()
+    assert KnownMessages(1000, reading, "").take(body, 1) is None
+    return reading
+
+
 @given(st.binary(max_size=80))
 def test_any_bytes(body: bytes) -> None:
-    KnownMessages(1000).find(body)
+    read(body)
+
+
+strings = st.lists(
+    st.one_of(
+        st.text(max_size=4).map(lambda t: json.dumps(t)[1:-1]),
+        st.text(max_size=4).map(lambda t: json.dumps(t, ensure_ascii=False)[1:-1]),
+        st.sampled_from(
+            [
+                "\\u00e9",
+                "\\uD83D\\ude00",
+                "\\ud83d",
+                "\\ude00",
+                "\\u0000",
+                "\\ud83d\\u0041",
+                "\\/",
+                "\\x",
+                "\\u12",
+                "\t",
+            ]
+        ),
+        st.text(st.characters(max_codepoint=127), max_size=3),
+    ),
+    max_size=4,
+).map("".join)
+blanks = st.sampled_from(["", "", "", " ", "\n\t"])
+
+
+@SETTINGS
+@given(strings, st.data())
+def test_a_plain_message_is_read_as_json(content: str, data: st.DataObject) -> None:
+    """Or not at all; whatever is in its text."""
+    members = [
+        f'"role"{data.draw(blanks)}:{data.draw(blanks)}"user"',
+        f'"content":"{content}"{data.draw(blanks)}',
+    ]
+    text = f"{{{data.draw(blanks)}{','.join(data.draw(st.permutations(members)))}}}".encode()
+    if data.draw(st.booleans()):
+        at = data.draw(st.integers(0, len(text) - 1))
+        text = text[:at] + data.draw(st.binary(max_size=2)) + text[at + data.draw(st.integers(0, 2)) :]
+    reading = read(b'{"messages":[%b]}' % text)
+    if reading.names:
+        fields = msgspec.json.decode(text)
+        assert fields == {"role": reading.names[0], "content": reading.contents[0]}
+    else:
+        try:
+            fields = msgspec.json.decode(text)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return
+        plain = set(fields) == {"role", "content"} and all(isinstance(v, str) for v in fields.values())
+        assert not plain or reading.read_here or not reading.rests
+
+
+def test_the_longest_texts_are_read_alike() -> None:
+    for size in (1023, 1024, 1025, 100_000):
+        for end in ("", "\\n", "\\u00e9"):
+            text = '{"role":"user","content":"' + "é" * (size // 2) + end + '"}'
+            assert read(b'{"messages":[%b]}' % text.encode()).contents == [json.loads(text)["content"]]
+
+
+def test_the_rest_is_asked_for_once() -> None:
+    reading = Reading()
+    known = KnownMessages(1 << 20, reading, "")
+    plain = b'{"role":"user","content":"%d"}'
+    for i in range(3):
+        known.take(b'{"a":[1], "messages": [%b] ,"b":2}' % (plain % i), 1)
+    assert reading.rests == [(b'{"a":[1], "messages": ', b' ,"b":2}')]
+    known.take(b'{"a":[1], "messages": [%b],"b":2}' % (plain % 1), 1)
+    assert len(reading.rests) == 2
+    known.forget_rests()
+    known.take(b'{"a":[1], "messages": [%b],"b":2}' % (plain % 1), 1)
+    assert len(reading.rests) == 3
+    for i in range(2000):
+        known.take(b'{"messages":[%b],"n":%d}' % (plain % 1, i), 1)
+    known.take(b'{"a":[1], "messages": [%b],"b":2}' % (plain % 1), 1)
+    assert len(reading.rests) == 2004, "bounded: the oldest had to go"
 
 
 @pytest.mark.parametrize(
@@ -228,7 +353,8 @@ def test_any_bytes(body: bytes) -> None:
         b'{"messages":[{"role":"user","content":"\\ud800"}]}',
         b'{"messages":[{"role":"user","content":"a","x":1}]}',
         b'{"messages":[{"role":"user","content":"a"}],"n":2}',
-        b'{"messages":[{"role":"user","content":"a"}],"chat_template_kwargs":{"enable_thinking":false}}',
+        b'{"messages":[{"role":"user","content":"a"}],"chat_template_kwargs":{"tools":[]}}',
+        b'{"messages":[{"role":"user","content":"a"}],"chat_template_kwargs":{"documents":1}}',
         b'{"messages":[{"role":"user","content":"say <|im_end|>"}]}',
         b'[{"messages":[{"role":"user","content":"a"}]}]',
     ],
@@ -343,10 +469,10 @@ def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     known = KnownChats(template, tokenizer.segments, 8192, limit_bytes=1 << 20)
     for body in bodies_of_many_shapes(100) * 2:
         assert check(known, template, tokenizer, body)
-        assert len(known._shapes) < 30
+        assert sum(map(len, known._plans.values())) < 30
     tools = [{"type": "function", "function": {"name": "f", "description": "d" * 1000}}]
     body = json.dumps({"messages": [{"role": "1", "content": "a"}], "tools": tools}).encode()
-    assert check(known, template, tokenizer, body) and len(known._shapes) == 1
+    assert check(known, template, tokenizer, body) and len(known._plans) <= 1
 
 
 def test_a_template_without_skeletons_is_given_up() -> None:
@@ -358,38 +484,31 @@ def test_a_template_without_skeletons_is_given_up() -> None:
 
 
 def test_plans_refuse_what_makes_no_sense() -> None:
+    here = Context("", "", "", False)
     with pytest.raises(BadArgument):
-        Plan(("c",), (b"",))
+        Plan((here,), (b"",))
+    with pytest.raises(BadArgument):
+        Plan(("c",), (b"", b""))  # type: ignore[arg-type]
     with pytest.raises(BadArgument):
         Plan((), ("",))  # type: ignore[arg-type]
-    with pytest.raises(BadArgument):
-        Plan(("c",), (b"", b""), ((1, 1, 1),))
-    plan = Plan(("c",), (b"", b""), ((0, 3, 2),))
-    with pytest.raises(BadArgument):
-        plan.prompt([])
-    message = Message(0)
-    assert plan.fits([message]) == 0, "the question was not answered"
-    message.asked, message.answers = 3, 1
-    assert plan.fits([message]) == -1
-    message.answers = 2
-    assert plan.fits([message]) is None and plan.prompt([message]) == 0, "it has no ids in this context"
+    for guard in ((1, 1, 1), (-1, 1, 1), (0, 1, 2)):
+        with pytest.raises(BadArgument):
+            Plan((here,), (b"", b""), (guard,))
+    for role in (-1, 256):
+        with pytest.raises(BadArgument):
+            Message(role)
 
 
-def test_places_are_those_of_the_last_body() -> None:
-    known, body = KnownMessages(1000), b'{"messages": [{"a":1}, {"b":[2]}]}'
-    found = known.find(body)
-    assert found is not None and found[1] == [0, 1] and body[found[2] : found[3]] == body[13:-1]
-    assert [body[slice(*known.place(i))] for i in (0, 1)] == [b'{"a":1}', b'{"b":[2]}']
-    with pytest.raises(BadArgument):
-        known.place(2)
-    with pytest.raises(BadArgument):
-        known.add(b"", 0, Message(0), "c", b"")
-    message = Message(0)
-    known.add(body, 1, message, "c", b"")
-    assert known.find(body) is not None and known.find(b'{"messages":[{"b":[2]}]}')[0] == [message]  # type: ignore[index]
-    assert known.find(b"") is None
-    with pytest.raises(BadArgument):
-        known.place(0)
+def test_a_message_at_two_places_in_other_surroundings() -> None:
+    source = (
+        "{% for m in messages %}<|im_start|>{% if loop.last %}last{% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    chats = with_template(source, 1 << 20)
+    body = b'{"messages":[{"role":"user","content":"a"},{"role":"user","content":"a"}]}'
+    for _ in range(3):
+        assert check(*chats, body)
+        chats[2].encode("<|im_start|>a<|im_end|><|im_start|>lasta<|im_end|>")  # costs nothing from now on
 
 
 SEED = bytes(range(100, 116))

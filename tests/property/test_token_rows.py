@@ -3,7 +3,6 @@ accepts reads exactly as the general one reads it; what it does not accept goes 
 not crash either."""
 
 import json
-import struct
 from array import array
 
 import msgspec
@@ -12,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from areal_fast.core import BadArgument
-from areal_fast.core._tokens import TokenBytes, ids_text, parse_rows
+from areal_fast.core._tokens import TokenBytes, cut_rows, ids_json
 from areal_fast.engine import sglang
 from areal_fast.engine.errors import EngineError
 
@@ -137,22 +136,36 @@ def test_what_is_left_to_the_general_reader(body: bytes) -> None:
         assert sglang.SGLang().parse(body) == slow
 
 
-@given(st.binary(max_size=64), st.integers(0, 64))
-def test_any_bytes(text: bytes, start: int) -> None:
-    if start > len(text):
-        with pytest.raises(BadArgument):
-            parse_rows(text, start)
-        return
-    found = parse_rows(text, start)
-    if found is not None:
-        logprobs = list(struct.unpack(f"{len(found[1]) // 4}f", found[1]))
-        rows = msgspec.json.decode(text[start : found[2]])
-        assert [row[1] for row in rows] == array("i", found[0]).tolist() and len(logprobs) == len(rows)
+@given(st.binary(max_size=8), st.binary(max_size=64) | rows_texts().map(str.encode), st.binary(max_size=8))
+@example(b'{"a":1,', b"[[-1,2]]", b"}")
+@example(b"\\", b"[[-1,2]]", b"")
+@example(b"", b"[[-1,2]]", b"")
+def test_any_bytes(before: bytes, text: bytes, after: bytes) -> None:
+    for colon in (b"", b":", b": ", b":  "):
+        whole = b'%b"rows"%b%b%b' % (before, colon, text, after)
+        found = cut_rows(whole, b'"rows"', b"-1")
+        if found is None:
+            continue
+        ids, logprobs, rest = found
+        start = len(before) + len(b'"rows":')
+        stop = len(whole) - (len(rest) - start - 2)
+        assert rest == whole[:start] + b"-1" + whole[stop:] and stop >= start
+        rows = msgspec.json.decode(whole[start:stop])
+        assert [row[1] for row in rows] == array("i", ids).tolist() and len(logprobs) == len(ids)
 
 
-@given(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=50))
+EDGES = [10**n + d for n in range(10) for d in (-1, 0, 1)]
+
+
+@given(st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(0, 1100000), max_size=50))
+@example(EDGES)
+@example([-n for n in EDGES])
+@example(list(range(1000)))
+@example(list(range(1000, 1000000, 997)))
 def test_ids_as_text(values: list[int]) -> None:
-    assert ids_text(array("i", values)) == b"".join(b"%d," % value for value in values)
+    digits = b",".join(b"%d" % value for value in values)
+    assert ids_json(array("i", values)) == digits
+    assert ids_json(array("i", values), b"[", b"]..") == b"[%b].." % digits
 
 
 @given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=8))
@@ -175,6 +188,6 @@ def test_bytes_of_a_vocabulary(asked: list[list[int]]) -> None:
 
 def test_ids_that_are_no_int32() -> None:
     with pytest.raises(BadArgument):
-        ids_text(b"abc")
+        ids_json(b"abc")
     with pytest.raises(BadArgument):
         TokenBytes(4, lambda token: b"x").join(b"abc")

@@ -6,7 +6,12 @@ import json
 import re
 
 import msgspec
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
+from areal_fast.core import BadArgument
+from areal_fast.core._replies import Form
 from areal_fast.engine.answer import ToolCall
 from areal_fast.engine.reply import DONE, Chunks, completion, error_event, new_interaction_id
 
@@ -56,6 +61,25 @@ def test_text_survives() -> None:
     event = Chunks(ID, 1).content(HARD_TEXT)
     assert event.count(b"\n\n") == 1 and event.endswith(b"\n\n"), "text must not end the event early"
     assert json.loads(event[6:])["choices"][0]["delta"]["content"] == HARD_TEXT
+
+
+@given(st.text() | st.text(st.characters(max_codepoint=127)))
+@example("".join(map(chr, range(256))))
+def test_text_is_escaped_as_msgspec_escapes_it(text: str) -> None:
+    body = completion(ID, 0, text, "stop", 0, 2**40)
+    message = b'"message":{"content":%b,"refusal":null,' % msgspec.json.encode(text)
+    usage = b'"completion_tokens":%d,"prompt_tokens":0,"total_tokens":%d,' % (2**40, 2**40)
+    assert message in body and usage in body and b'"created":0,' in body
+
+
+def test_what_cannot_be_written_is_refused() -> None:
+    with pytest.raises(UnicodeEncodeError):
+        completion(ID, 0, "\ud800", "stop", 0, 0)
+    with pytest.raises(OverflowError):
+        completion(ID, 0, "", "stop", -1, 0)
+    for pieces in ([b""] * 8, [*[b""] * 8, "text"]):
+        with pytest.raises(BadArgument):
+            Form(*pieces)  # type: ignore[arg-type]
 
 
 def test_the_openai_client_reads_them() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
 import pytest
 
+from areal_fast.engine.generate import Adapter
 from areal_fast.engine.sampling import Sampling, sampling_from_chat
+from areal_fast.engine.sglang import SGLang
+from areal_fast.engine.vllm import VLLM
 from areal_fast.protocol.chat import BadChat, decode_chat
 
 
@@ -93,3 +97,32 @@ def test_a_seed_is_used_only_where_the_request_has_none() -> None:
         sampling_from_chat(decode_chat(body % more), 3, [1], seed=9).seed for more in (b"", b',"seed":4')
     ]
     assert seeds == [9, 4]
+
+
+def test_a_sampling_that_repeats_is_the_same_object() -> None:
+    one = decode_chat(b'{"messages":[{}],"max_tokens":5}')
+    first = sampling_from_chat(one, 10, [1, 2])
+    assert sampling_from_chat(one, 11, (1, 2)) is first
+    for other in (
+        sampling_from_chat(one, 10, [1]),
+        sampling_from_chat(one, 10, [1, 2], seed=3),
+        sampling_from_chat(one, 10, [1, 2], engine_max_tokens=14),
+    ):
+        assert other != first
+    assert sampling_from_chat(one, 10, [1, 2]) == first
+
+
+def test_what_is_remembered_of_a_sampling_is_of_no_other() -> None:
+    adapters: list[Adapter] = [SGLang(), VLLM()]
+    for adapter in adapters:
+        for round in range(2):
+            for budget in range(1, 600):
+                # gone at once: another one may get its id
+                sampling = Sampling(max_new_tokens=budget, stop_token_ids=(9,), seed=round)
+                for asked in (budget, budget + 1):
+                    for stream in (False, True):
+                        body = json.loads(adapter.generate(b"", sampling, asked, stream=stream).body)
+                        said = body.get("sampling_params", body)
+                        assert (said.get("max_new_tokens") or said.get("max_tokens")) == asked
+                        assert said.get("sampling_seed", said.get("seed")) == round
+                        assert body["stream"] is stream

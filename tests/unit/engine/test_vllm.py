@@ -11,6 +11,7 @@ import pytest
 from areal_fast.engine.errors import EngineError
 from areal_fast.engine.generate import Engine, VersionRun, adapter_for
 from areal_fast.engine.sampling import Sampling, sampling_from_chat
+from areal_fast.engine.segments import Prompt
 from areal_fast.engine.sglang import SGLang
 from areal_fast.engine.vllm import VLLM
 from areal_fast.protocol.chat import decode_chat
@@ -45,7 +46,7 @@ def vllm(transport: Transport, state: State | None = None, **options: Any) -> An
 
 
 def test_the_body_is_the_originals_byte_for_byte() -> None:
-    path, body = VLLM().generate(b"1,2,3", SAMPLING, 8, stream=False)
+    path, body = VLLM().generate(Prompt.of([1, 2, 3]).data, SAMPLING, 8, stream=False)
     assert path == "/v1/completions"
     assert body == (
         b'{"top_p":1.0,"top_k":100000000,"max_tokens":8,"temperature":1.0,"stop_token_ids":[9,10],'
@@ -53,7 +54,7 @@ def test_the_body_is_the_originals_byte_for_byte() -> None:
         b'"use_beam_search":false,"stream":false,"prompt":[1,2,3]}'
     )
     more = msgspec.structs.replace(SAMPLING, frequency_penalty=0.5, stop=("x",), seed=0, temperature=0.0)
-    body = VLLM().generate(b"1", more, 3, stream=True).body
+    body = VLLM().generate(Prompt.of([1]).data, more, 3, stream=True).body
     assert body == (
         b'{"top_p":1.0,"top_k":100000000,"max_tokens":3,"temperature":0.0,"stop_token_ids":[9,10],'
         b'"ignore_eos":false,"skip_special_tokens":true,"return_tokens_as_token_ids":true,"logprobs":0,'
@@ -192,7 +193,7 @@ def test_images_go_as_messages() -> None:
 
 
 def test_images_for_sglang_are_data() -> None:
-    body = json.loads(SGLang().generate(b"1", vision(), 8, stream=False).body)
+    body = json.loads(SGLang().generate(Prompt.of([1]).data, vision(), 8, stream=False).body)
     assert body["image_data"] == ["iVBORw==", URL, "abcd"] and body["input_ids"] == [1]
 
 
