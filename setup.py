@@ -1,7 +1,7 @@
 """Builds the extensions: the Cython edge with the whole C core in a single shared object; the device pool's
 edge over csrc/cuda.c, which only the keeper and its clients import; and those that touch no arena: rows of
-tokens, messages of a chat, byte pairs, replies, the short way of a request through HTTP, and folds of
-sessions. Each exports nothing but its module init. areal_fast.pth goes beside the package, not into it, in
+tokens, messages of a chat, byte pairs, replies, the short ways of requests through HTTP, and folds
+of sessions. Each exports nothing but its module init. areal_fast.pth goes beside the package, not into it, in
 wheels and editable installs alike: with it AREAL_FAST=1 works without an import
 (areal_fast/integrations/autostart.py).
 Everything else about the package is in pyproject.toml.
@@ -84,6 +84,7 @@ APART = {
     "http._native": "csrc/http_head.c",
     "protocol._fold": None,
     "store._folds": None,
+    "http._client": "csrc/http_head.c",
 }
 """Extensions beside the core, each with the one C file it has to itself, if any."""
 LIBRARIES = {"core._cuda": ["dl"]}  # where dlopen lives before glibc 2.34

@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import AsyncIterator, Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -75,8 +75,24 @@ class Answer(Protocol):
     def body(self) -> bytes: ...
 
 
+class Asked(Protocol):
+    """Part of areal_fast.http's Request that is used here."""
+
+    @property
+    def error(self) -> Exception | None: ...
+
+    @property
+    def status(self) -> int: ...
+
+    def take_body(self) -> bytes: ...
+
+
 class Transport(Protocol):
     """Part of areal_fast.http.Client that is used here. Bodies go as JSON."""
+
+    def begin(
+        self, method: str, path: str, body: bytes, *, timeout_s: float, done: Callable[[Any], None]
+    ) -> Asked: ...
 
     async def request(self, method: str, path: str, body: bytes, *, timeout_s: float) -> Answer: ...
 
@@ -136,6 +152,29 @@ class Generation(msgspec.Struct):
     attempts: int
 
 
+class First:
+    """The first attempt of a generation, under way in nobody's task (`Engine.begin`)."""
+
+    __slots__ = ("_asked", "_engine", "attempt", "version")
+
+    def __init__(self, engine: Engine, version: int) -> None:
+        self._engine = engine
+        self._asked: Asked | None = None
+        self.version = version
+        self.attempt: Attempt | None = None
+
+    def generation(self) -> Generation | None:
+        """When it has ended: the whole generation, as nearly always, or None if it was interrupted; then
+        `Engine.generate(first=…)` goes on. Raises as that."""
+        asked = self._asked
+        assert asked is not None
+        self.attempt = attempt = self._engine.read(asked)
+        if attempt.stop not in _FINAL:
+            return None
+        runs = [VersionRun(self.version, len(attempt.ids))] if attempt.ids else []
+        return Generation(attempt.ids, attempt.logprobs, runs, attempt.stop, 1)
+
+
 class Engine:
     """The engine behind one base URL. Any number of generations at once; all on one loop."""
 
@@ -162,38 +201,15 @@ class Engine:
         *,
         on_tokens: Callable[[list[int]], None] | None = None,
         routed: Receiver | None = None,
+        first: First | None = None,
     ) -> Generation:
         """Generate to the end. With `on_tokens` the engine streams, and each new run of ids is handed over
-        at once. `routed` gets the routed experts that each attempt brings.
+        at once. `routed` gets the routed experts that each attempt brings. `first` was interrupted: go on
+        from what it brought.
 
         Raises EngineUnreachable, EngineTimeout, EngineError; then nothing may be recorded.
         """
         data = as_prompt(prompt).data
-        if (
-            on_tokens is not None
-            or routed is not None
-            or self._state.paused()
-            or sampling.max_new_tokens <= 0
-        ):
-            return await self._to_the_end(data, sampling, on_tokens, routed, None)
-        # most generations are one attempt
-        version = self._state.version()
-        call = self._adapter.generate(data, sampling, sampling.max_new_tokens, stream=False)
-        attempt = self._adapter.parse(await self.call(call, timeout_s=self._timeout_s))
-        if attempt.stop in _FINAL:
-            runs = [VersionRun(version, len(attempt.ids))] if attempt.ids else []
-            return Generation(attempt.ids, attempt.logprobs, runs, attempt.stop, 1)
-        return await self._to_the_end(data, sampling, None, None, (version, attempt))
-
-    async def _to_the_end(
-        self,
-        prompt: bytes,
-        sampling: Sampling,
-        on_tokens: Callable[[list[int]], None] | None,
-        routed: Receiver | None,
-        first: tuple[int, Attempt] | None,
-    ) -> Generation:
-        """Attempts until one is final; `first`: the one that was made already, and its weights' version."""
         ids = array("i")
         logprobs = array("f")
         runs: list[VersionRun] = []
@@ -201,8 +217,8 @@ class Engine:
         attempts = 0
         while attempts < MAX_ATTEMPTS and len(ids) < sampling.max_new_tokens:
             attempts += 1
-            if first is not None:
-                (version, attempt), first = first, None
+            if first is not None and first.attempt is not None:
+                version, attempt, first = first.version, first.attempt, None
             else:
                 while self._state.paused():
                     await asyncio.sleep(PAUSE_POLL_S)
@@ -211,7 +227,7 @@ class Engine:
                         raise EngineError("Engine was interrupted in an answer that it cannot continue")
                     del ids[:], logprobs[:], runs[:]
                 version = self._state.version()
-                attempt = await self._attempt(prompt + ids.tobytes(), len(ids), sampling, on_tokens, routed)
+                attempt = await self._attempt(data + ids.tobytes(), len(ids), sampling, on_tokens, routed)
             if attempt.ids:
                 if ids:
                     ids.extend(attempt.ids)
@@ -226,6 +242,28 @@ class Engine:
                 # interrupted before it began: whoever did it is about to say so in the shared words
                 await asyncio.sleep(PAUSE_POLL_S)
         return Generation(ids, logprobs, runs, stop, attempts)
+
+    def begin(self, prompt: Prompt, sampling: Sampling, ended: Callable[[Any], None]) -> First | None:
+        """`generate` without a task, for what is neither streamed nor routed: ask now, and call `ended` once
+        when the first attempt is over, never before this returns. None: it must wait (the engine is paused);
+        nothing has happened."""
+        if self._state.paused() or sampling.max_new_tokens <= 0:
+            return None
+        first = First(self, self._state.version())
+        call = self._adapter.generate(prompt.data, sampling, sampling.max_new_tokens, stream=False)
+        first._asked = self._client.begin("POST", call.path, call.body, timeout_s=self._timeout_s, done=ended)
+        return first
+
+    def read(self, asked: Asked) -> Attempt:
+        """What an attempt that has ended brought. Raises EngineFault."""
+        error = asked.error
+        if error is not None:
+            if isinstance(error, (Timeout, ConnectFailed, BrokenReply)):
+                raise self._fault(error, self._timeout_s) from error
+            raise error
+        if asked.status >= 300:
+            raise _refused(asked.status, asked.take_body())
+        return self._adapter.parse(asked.take_body())
 
     async def _attempt(
         self,

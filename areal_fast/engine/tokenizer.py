@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import os
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,10 +81,10 @@ class Tokenizer(Protocol):
         block."""
         ...
 
-    async def prompt(
+    def prompt(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, kwargs: Mapping[str, Any]
-    ) -> Prompt:
-        """encode_chat without blocking the loop for long."""
+    ) -> Prompt | Awaitable[Prompt]:
+        """encode_chat without blocking the loop for long: what would is to be awaited."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -118,7 +118,7 @@ class BuiltinTokenizer:
         check_template_kwargs(kwargs)
         return Prompt.of(self._inner.encode_chat(messages, tools, kwargs))
 
-    async def prompt(
+    def prompt(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, kwargs: Mapping[str, Any]
     ) -> Prompt:
         return self.encode_chat(messages, tools, kwargs)
@@ -170,14 +170,17 @@ class HfTokenizer:
     ) -> Prompt:
         return self.encode(self.template.render(messages, tools, kwargs))
 
-    async def prompt(
+    def prompt(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, kwargs: Mapping[str, Any]
-    ) -> Prompt:
+    ) -> Prompt | Awaitable[Prompt]:
         text = self.template.render(messages, tools, kwargs)
         with _SurrogatesRefused():
             prompt = self.segments.encode_within(text, OFFLOAD_CHARS)
-            if prompt is not None:
-                return prompt
+        return self._elsewhere(text) if prompt is None else prompt
+
+    async def _elsewhere(self, text: str) -> Prompt:
+        """The new text on a thread."""
+        with _SurrogatesRefused():
             missing = self.segments.missing(text)
             entries = await asyncio.to_thread(self.segments.encode_segments, missing)
             return self.segments.assemble(text, missing, entries)

@@ -1,7 +1,7 @@
 """The contracts of _native.pyx; its theory stands at its top."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TypeAlias, final
 
 from typing_extensions import disjoint_base
@@ -111,7 +111,7 @@ class Common:
 class Shortcut:
     """A connection's part that ordinary requests need. What begins with an underscore is between it and
     connection.Connection, which inherits it and provides `_received`, `_begun`, `_later`, `_failed`,
-    `_exchange_done`, `_arrived`, `_send_at_once`, `_break_off`, `_bound_unsent` and `_writable`.
+    `_exchange_done`, `_arrived`, `_send_at_once`, `_break_off`, `_bound_unsent`, `_writable` and `_call`.
 
     `_exchange` is being answered; `_sending` is answered, and its on_sent waits for the last byte; `_clean`:
     the parser is fresh and nothing is gathered."""
@@ -224,6 +224,20 @@ class Exchange:
     def fail(self) -> None:
         """Break off: the connection ends without the reply's end, so that the client cannot take it for
         whole."""
+
+    def defer(self) -> None:
+        """The handler returns None without an answer and gives it later, from a callback of the loop: it must
+        end in an answer, in `go_on` or in `fault`."""
+
+    def go_on(self, pending: Awaitable[None]) -> None:
+        """As if the handler had returned `pending`; once, after `defer`."""
+
+    def fault(self, error: Exception) -> None:
+        """As if the handler had raised `error`; after `defer`, instead of an answer."""
+
+    def on_done(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once the reply is complete as far as the handler goes, or given up. One per
+        exchange."""
 
     def on_gone(self, callback: Callable[[], None]) -> None:
         """Call `callback` when the connection breaks before the reply is finished. One per exchange."""

@@ -352,6 +352,7 @@ cdef class Shortcut:
         exchange.sink = sink
         exchange._keep_alive = head.keep_alive
         exchange.owed = -1
+        exchange.input_ended = self._input_ended
         self._exchange = exchange
         try:
             pending = self._server.handler(exchange)
@@ -360,9 +361,12 @@ cdef class Shortcut:
             return 0
         if pending is not None:
             self.due = 0
-            exchange.input_ended = self._input_ended
             self._later(exchange, pending)
-        elif exchange.state != DONE:
+        elif exchange.state == DONE:
+            pass
+        elif exchange.deferred:
+            self.due = 0
+        else:
             self._failed(exchange, RuntimeError("the handler returned without an answer"))
         return 0
 
@@ -399,6 +403,9 @@ cdef class Shortcut:
         sink, exchange.sink = exchange.sink, None
         if sink is not None:
             sink.drop()
+        done, exchange._on_done = exchange._on_done, None
+        if done is not None:
+            self._call(done)
         return 0
 
     cdef int send(self, data) except -1:
@@ -431,12 +438,14 @@ cdef class Exchange:
     cdef readonly bint gone
     cdef public bint input_ended
     cdef bint _keep_alive
+    cdef bint deferred
     cdef int state
     cdef bint chunked
     cdef bint bare
     cdef int64_t owed           # bytes still to be written of a streamed reply of known size; -1: not known
     cdef object _on_gone
     cdef object _on_sent
+    cdef object _on_done
 
     @property
     def method(self):
@@ -590,6 +599,18 @@ cdef class Exchange:
         self.state = DONE
         self.connection.release(self)
         self.connection._break_off(self, not framed)
+
+    def defer(self):
+        self.deferred = True
+
+    def go_on(self, pending):
+        self.connection._later(self, pending)
+
+    def fault(self, error):
+        self.connection._failed(self, error)
+
+    def on_done(self, callback):
+        self._on_done = callback
 
     def on_gone(self, callback):
         if self.gone:

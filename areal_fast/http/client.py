@@ -29,14 +29,14 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from areal_fast.http._client import Pool, Request
 from areal_fast.http._native import Headers
-from areal_fast.http.client_connection import Call, EngineConnection, StreamCall
+from areal_fast.http.client_connection import EngineConnection, StreamCall
 from areal_fast.http.errors import BrokenReply, ConnectFailed, PoolFull, Timeout
 from areal_fast.http.headers import HeaderPairs, encode_headers
 from areal_fast.http.wheel import Wheel
 
 _TARGET = re.compile(r"/[\x21-\x7e]*")
-_JOIN_BELOW = 65536
 _KEPT_STARTS = 64
 _TICK_S = 0.05
 
@@ -129,7 +129,7 @@ class _Deadline:
             self._future.set_exception(self.error())
 
 
-class Client:
+class Client(Pool):
     """Requests to one base URL. Made anywhere, used on one event loop."""
 
     def __init__(
@@ -146,7 +146,6 @@ class Client:
     ) -> None:
         """ValueError if `base_url` is not a plain http URL."""
         self.url = parse_base_url(base_url)
-        self.stats = ClientStats()
         self._max_connections = max_connections
         self._connect_timeout_s = connect_timeout_s
         self._max_waiting = max_waiting
@@ -154,15 +153,27 @@ class Client:
         self._max_header_bytes = max_header_bytes
         self._idle_timeout_s = idle_timeout_s
         self._retry_stale = retry_stale
-        self._starts: dict[tuple[str, str, bool], bytes] = {}  # heads that callers repeat
-        self._idle: dict[EngineConnection, float] = {}  # since when; the last one was used last
+        self._starts = {}  # heads that callers repeat
+        self._idle = {}  # since when; the last one was used last
         self._open: set[EngineConnection] = set()
         self._connecting = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting = deque()
         self._handed: dict[asyncio.Future[None], EngineConnection | None] = {}
         self._wheel = Wheel(_TICK_S)  # deadlines of what is under way
-        self._reaper: asyncio.TimerHandle | None = None
+        self._reaper = None
         self._closed = False
+
+    @property
+    def stats(self) -> ClientStats:
+        return ClientStats(
+            self.requests,
+            self.failed,
+            self.connects,
+            self.reused,
+            self.retries,
+            self.waited_s,
+            self.engine_s,
+        )
 
     @property
     def connections(self) -> int:
@@ -182,46 +193,26 @@ class Client:
         timeout_s: float,
         headers: HeaderPairs = (),
     ) -> Reply:
-        """Send and wait for the whole reply. `path` is raw, with its query; the body goes as JSON unless
-        `headers` say otherwise. Raises ConnectFailed (PoolFull), Timeout, BrokenReply; ValueError for what
-        cannot be sent."""
-        message = self._encode(method, path, body, headers)
-        loop = asyncio.get_running_loop()
-        self.stats.requests += 1
-        began = time.monotonic()
+        """`begin`, and wait for the whole reply. Raises ConnectFailed (PoolFull), Timeout, BrokenReply;
+        ValueError for what cannot be sent."""
+        future = asyncio.get_running_loop().create_future()
+
+        def done(_: Request) -> None:
+            if not future.done():
+                future.set_result(None)
+
+        request = self.begin(method, path, body, timeout_s=timeout_s, headers=headers, done=done)
         try:
-            for attempt in (0, 1):
-                if attempt or not self._idle or self._waiting or self._closed:
-                    left = began + timeout_s - time.monotonic()
-                    connection = await self._acquire_within(method, path, left, fresh=attempt > 0)
-                else:
-                    connection = self._take_idle()
-                sent = time.monotonic()
-                call = Call(loop.create_future(), (method, path))
-                self._wheel.set(connection, self._wheel.ticks(began + timeout_s - sent))
-                reused = connection.used > 0
-                try:
-                    connection.send(call, method, message)
-                    await call.done
-                except BrokenReply:
-                    if attempt or not self._may_retry(call, reused):
-                        raise
-                    self.stats.retries += 1
-                    continue
-                except BaseException:
-                    connection.abandon(call)
-                    raise
-                break
-            ended = time.monotonic()
-            head = call.head
-            assert head is not None
-            waited_s, engine_s = sent - began, ended - sent
-            self.stats.waited_s += waited_s
-            self.stats.engine_s += engine_s
-            return Reply(head.status, head.headers, call.take_body(), waited_s, engine_s)
+            await future
         except BaseException:
-            self.stats.failed += 1
+            request.cancel()
             raise
+        if request.error is not None:
+            raise request.error
+        head = request.head
+        assert head is not None
+        waited_s, engine_s = request.sent - request.began, request.ended - request.sent
+        return Reply(head.status, head.headers, request.take_body(), waited_s, engine_s)
 
     async def stream(
         self,
@@ -237,7 +228,7 @@ class Client:
         BrokenReply, too."""
         message = self._encode(method, path, body, headers)
         deadline = self._deadline(method, path, timeout_s)
-        self.stats.requests += 1
+        self.requests += 1
         began = time.monotonic()
         try:
             for attempt in (0, 1):
@@ -249,20 +240,20 @@ class Client:
                     connection.send(call, method, message)
                     await call.done
                 except BrokenReply:
-                    if attempt or not self._may_retry(call, reused):
+                    if attempt or not self.may_retry(call, reused):
                         raise
-                    self.stats.retries += 1
+                    self.retries += 1
                     continue
                 except BaseException:
                     connection.abandon(call)
                     raise
                 break
         except BaseException:
-            self.stats.failed += 1
+            self.failed += 1
             deadline.cancel()
             raise
-        self.stats.waited_s += sent - began
-        return StreamReply(call, deadline, self.stats, sent - began, sent)
+        self.waited_s += sent - began
+        return StreamReply(call, deadline, self, sent - began, sent)
 
     def close(self) -> None:
         """Close every connection; what is under way fails with BrokenReply, what waits with ConnectFailed."""
@@ -279,17 +270,6 @@ class Client:
             connection.fail(BrokenReply("the client was closed"))
 
     # Messages
-
-    def _encode(self, method: str, path: str, body: bytes, headers: HeaderPairs) -> list[bytes]:
-        has_body = bool(body) or method in ("POST", "PUT", "PATCH")
-        start = self._starts.get((method, path, has_body)) if headers == () else None
-        if start is None:
-            start = self._start(method, path, has_body, headers)
-        if has_body:
-            start = b"%bcontent-length: %d\r\n\r\n" % (start, len(body))
-        else:
-            start += b"\r\n"
-        return [start + body] if len(body) < _JOIN_BELOW else [start, body]
 
     def _start(self, method: str, path: str, has_body: bool, headers: HeaderPairs) -> bytes:
         """The head up to the body's length; kept where a caller adds nothing of its own."""
@@ -315,7 +295,24 @@ class Client:
     def _deadline(self, method: str, path: str, timeout_s: float) -> _Deadline:
         return _Deadline(asyncio.get_running_loop(), timeout_s, f"{method} {path}")
 
-    def _may_retry(self, call: Call, reused: bool) -> bool:
+    def _find_way(self, request: Request, fresh: bool) -> None:
+        """Send once there is a connection for it."""
+        request.way = asyncio.get_running_loop().create_task(self._found_way(request, fresh))
+
+    async def _found_way(self, request: Request, fresh: bool) -> None:
+        try:
+            left = request.ends - time.monotonic()
+            connection = await self._acquire_within(request.method, request.path, left, fresh=fresh)
+        except BaseException as error:
+            request.way = None
+            request.settle(error if isinstance(error, Exception) else BrokenReply("given up"))
+            if not isinstance(error, Exception):
+                raise
+        else:
+            request.way = None
+            self._send(connection, request)
+
+    def may_retry(self, call: Request | StreamCall, reused: bool) -> bool:
         return self._retry_stale and reused and not call.touched and not self._closed
 
     # The pool
@@ -345,11 +342,6 @@ class Client:
                 return await self._connect(deadline)  # the right to open one was handed over, and counted
         self._connecting += 1
         return await self._connect(deadline)
-
-    def _take_idle(self) -> EngineConnection:
-        connection, _ = self._idle.popitem()
-        self.stats.reused += 1
-        return connection
 
     async def _wait_in_line(self, deadline: _Deadline) -> EngineConnection | None:
         if len(self._waiting) >= self._max_waiting:
@@ -430,7 +422,7 @@ class Client:
         try:
             async with asyncio.timeout(left):
                 _, connection = await loop.create_connection(
-                    lambda: EngineConnection(self._released, self._max_reply_bytes, self._max_header_bytes),
+                    lambda: EngineConnection(self, self._max_reply_bytes, self._max_header_bytes),
                     self.url.host,
                     self.url.port,
                 )
@@ -446,7 +438,7 @@ class Client:
                 self._open.add(connection)
             else:
                 self._hand_on()
-        self.stats.connects += 1
+        self.connects += 1
         if connection.closed or self._closed:
             connection.close()
             self._open.discard(connection)
@@ -459,7 +451,7 @@ class StreamReply:
     with`)."""
 
     def __init__(
-        self, call: StreamCall, deadline: _Deadline, stats: ClientStats, waited_s: float, sent: float
+        self, call: StreamCall, deadline: _Deadline, client: Client, waited_s: float, sent: float
     ) -> None:
         head = call.head
         assert head is not None
@@ -468,7 +460,7 @@ class StreamReply:
         self.waited_s = waited_s
         self._call = call
         self._deadline = deadline
-        self._stats = stats
+        self._client = client
         self._sent = sent
         self._over = False
 
@@ -477,7 +469,7 @@ class StreamReply:
         call = self._call
         while not self._over:
             if self._deadline.expired and not call.ended:
-                self._stats.failed += 1
+                self._client.failed += 1
                 self.close()
                 raise self._deadline.error()
             piece = call.take()
@@ -487,14 +479,14 @@ class StreamReply:
                 self._end()
             elif call.error is not None:
                 self._end()
-                self._stats.failed += 1
+                self._client.failed += 1
                 raise call.error
             else:
                 call.waiter = self._deadline.future()
                 try:
                     await call.waiter
                 except BaseException:
-                    self._stats.failed += 1
+                    self._client.failed += 1
                     self.close()
                     raise
 
@@ -511,7 +503,7 @@ class StreamReply:
     def _end(self) -> None:
         self._over = True
         self._deadline.cancel()
-        self._stats.engine_s += time.monotonic() - self._sent
+        self._client.engine_s += time.monotonic() - self._sent
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,16 +1,15 @@
 """One connection to the engine: at most one request on it at a time.
 
-Theory. The connection is idle (in the pool), or a `Call` is on it. What arrives goes through the parser to
+Theory. The connection is idle (in the pool), or a call is on it. What arrives goes through the parser to
 the call; anything that arrives while idle, EOF included, takes the connection out of the pool, so a request
 is seldom sent on a dead one. A call ends in exactly one of: its reply is whole, or it failed. A connection is
 used again only if the reply was whole, nothing follows it, the request was sent to its end and both sides
 mean to keep it.
 
-One whole ordinary reply that comes in one piece is read without the parser, which then has nothing of it
-(`_clean`). A request's time is one deadline of its connection in the pool's wheel: one store a request, no
-timer.
+An ordinary reply to a `Request`, whole and in one piece, never comes here (_client.pyx). A request's time is
+one deadline of its connection in the pool's wheel: one store a request, no timer.
 
-A whole reply is gathered here (`Call`); a streamed one (`StreamCall`) queues pieces and pauses reading beyond
+A `Request` gathers its reply; a streamed one (`StreamCall`) queues pieces and pauses reading beyond
 `STREAM_HIGH_WATER`, so that a slow reader slows the engine, not fills this process.
 """
 
@@ -18,74 +17,32 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
-from areal_fast.http._native import read_reply
-from areal_fast.http.errors import BrokenReply, Timeout
+from areal_fast.http._client import Link, Request
+from areal_fast.http.errors import BrokenReply
 from areal_fast.http.fill import WORTH_FILLING, Fill
 from areal_fast.http.head import ProtocolError, ReplyHead
 from areal_fast.http.parser import END, ReplyParser
 
+if TYPE_CHECKING:
+    from areal_fast.http.client import Client
+
 STREAM_HIGH_WATER = 262144
 
-
-class Call:
-    """One request's reply in the making. `done` gets None when the reply is whole, else an exception."""
-
-    __slots__ = ("_body", "done", "head", "touched", "what")
-    gathers = True  # the body is wanted whole
-
-    def __init__(self, done: asyncio.Future[None], what: tuple[str, str] = ("", "")) -> None:
-        self.done = done
-        self.what = what  # method and path, for an error's text
-        self.head: ReplyHead | None = None
-        self.touched = False  # a byte of the reply has arrived
-        self._body: bytes | bytearray = b""
-
-    def begin(self, head: ReplyHead) -> None:
-        self.head = head
-
-    def late(self) -> Timeout:
-        return Timeout(f"{self.what[0]} {self.what[1]}: no whole reply in time")
-
-    def piece(self, data: bytes) -> None:
-        body = self._body
-        if not body:
-            self._body = data
-        elif isinstance(body, bytearray):
-            body += data
-        else:
-            self._body = joined = bytearray(body)
-            joined += data
-
-    def finish(self) -> None:
-        if not self.done.done():
-            self.done.set_result(None)
-
-    def fail(self, error: Exception) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
-
-    def take_start(self) -> bytes | bytearray:
-        """What has come of the body so far, to be given back as one piece with the rest."""
-        start, self._body = self._body, b""
-        return start
-
-    def take_body(self) -> bytes:
-        body, self._body = self._body, b""
-        return body if type(body) is bytes else bytes(body)
+Call: TypeAlias = "Request | StreamCall"
 
 
-class StreamCall(Call):
+class StreamCall:
     """A reply given out as it comes. `done` is settled by its head; the end stands in the queue."""
 
-    __slots__ = ("connection", "ended", "error", "pieces", "queued", "waiter")
-    gathers = False
+    __slots__ = ("connection", "done", "ended", "error", "head", "pieces", "queued", "touched", "waiter")
 
     def __init__(self, done: asyncio.Future[None], connection: EngineConnection) -> None:
-        super().__init__(done)
+        self.done = done
         self.connection = connection
+        self.head: ReplyHead | None = None
+        self.touched = False  # a byte of the reply has arrived
         self.pieces: deque[bytes] = deque()
         self.queued = 0
         self.ended = False
@@ -94,7 +51,8 @@ class StreamCall(Call):
 
     def begin(self, head: ReplyHead) -> None:
         self.head = head
-        super().finish()
+        if not self.done.done():
+            self.done.set_result(None)
 
     def piece(self, data: bytes) -> None:
         self.pieces.append(data)
@@ -109,7 +67,8 @@ class StreamCall(Call):
 
     def fail(self, error: Exception) -> None:
         if self.head is None:
-            super().fail(error)
+            if not self.done.done():
+                self.done.set_exception(error)
         elif not self.ended and self.error is None:
             self.error = error
         self._wake()
@@ -131,42 +90,16 @@ class StreamCall(Call):
             waiter.set_result(None)
 
 
-class EngineConnection(asyncio.Protocol):
-    """The protocol object. `released(connection, reusable)` is called once after every call, and at the
-    end."""
+class EngineConnection(Link, asyncio.Protocol):
+    """The protocol object: what `Link` does not do. It says `_released` to its pool after every call, and at
+    the end."""
 
-    def __init__(
-        self,
-        released: Callable[[EngineConnection, bool], None],
-        max_body_bytes: int,
-        max_header_bytes: int,
-    ) -> None:
-        self.due = 0
-        self.filed = 0
-        self._released = released
-        self._max_body_bytes = max_body_bytes
-        self._max_header_bytes = max_header_bytes
-        self._clean = False  # a call is here whose reply the parser has seen nothing of
-        self._parser = ReplyParser(max_body_bytes, max_header_bytes)
-        self._transport: asyncio.Transport = cast(asyncio.Transport, None)  # until connection_made
-        self._call: Call | None = None
+    def __init__(self, client: Client, max_body_bytes: int, max_header_bytes: int) -> None:
+        super().__init__(
+            client, ReplyParser(max_body_bytes, max_header_bytes), max_body_bytes, max_header_bytes
+        )
+        self._client = client
         self._paused = False
-        self.closed = False
-        self.used = 0  # requests sent so far
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def send(self, call: Call, method: str, request: list[bytes]) -> None:
-        """Put `call` on the idle connection. Its bytes are written at once."""
-        self._call = call
-        self.used += 1
-        self._parser.expect(method)
-        self._clean = call.gathers and method != "HEAD"
-        if len(request) == 1:
-            self._transport.write(request[0])
-        else:
-            self._transport.writelines(request)
 
     def pause(self) -> None:
         if not self._paused and not self.closed:
@@ -178,27 +111,19 @@ class EngineConnection(asyncio.Protocol):
             self._paused = False
             self._transport.resume_reading()
 
-    def data_received(self, data: bytes) -> None:
+    def _received(self, data: bytes) -> None:
         call = self._call
         if call is None:  # nobody asked: not a connection to trust
             self.close()
             return
-        call.touched = True
-        if self._clean:
-            self._clean = False
-            whole = read_reply(data, self._max_header_bytes)
-            if whole is not None and len(whole[3]) <= self._max_body_bytes:
-                status, headers, keep_alive, body = whole
-                call.begin(ReplyHead(status, headers, keep_alive, len(body)))
-                call.piece(body)
-                self._end_call(call)
-                return
-        self._parser.feed(data)
+        if type(call) is StreamCall:
+            call.touched = True
+        self.parser.feed(data)
         self._take_events(call)
 
     def _take_events(self, call: Call) -> None:
         try:
-            while (event := self._parser.next()) is not None:
+            while (event := self.parser.next()) is not None:
                 if type(event) is bytes:
                     call.piece(event)
                 elif event is END:
@@ -206,8 +131,8 @@ class EngineConnection(asyncio.Protocol):
                     return
                 else:
                     call.begin(cast(ReplyHead, event))
-            left = self._parser.counted_left
-            if left > WORTH_FILLING and call.gathers and not self._transport.is_closing():
+            left = self.parser.counted_left
+            if left > WORTH_FILLING and type(call) is Request and not self._transport.is_closing():
                 start = call.take_start()
                 Fill(self, self._transport, start, len(start) + left)
         except ProtocolError as error:
@@ -221,7 +146,7 @@ class EngineConnection(asyncio.Protocol):
         call = self._call
         if call is not None and not self.closed:
             call.piece(body)
-            self._parser.skip_body()
+            self.parser.skip_body()
             self._take_events(call)
 
     def _end_call(self, call: Call) -> None:
@@ -230,18 +155,18 @@ class EngineConnection(asyncio.Protocol):
             head is not None
             and head.keep_alive
             and not self.closed
-            and not self._parser.buffered
+            and not self.parser.buffered
             and not self._transport.is_closing()
             and not self._transport.get_write_buffer_size()
         )
         self._call = None
         self.due = 0
-        call.finish()
         if reusable:
             self.resume()
-            self._released(self, True)
+            self._client._released(self, True)
         else:
             self.close()
+        call.finish()
 
     def eof_received(self) -> bool:
         self._ended("the engine closed the connection before its reply was whole")
@@ -255,7 +180,7 @@ class EngineConnection(asyncio.Protocol):
         call = self._call
         if call is not None:
             try:
-                self._parser.feed_eof()
+                self.parser.feed_eof()
                 self._take_events(call)
             except ProtocolError as error:
                 why = error.detail
@@ -273,19 +198,10 @@ class EngineConnection(asyncio.Protocol):
 
     def expired(self) -> None:
         """The wheel: the request's time is over."""
-        if self._call is not None:
+        if type(self._call) is Request:
             self.fail(self._call.late())
 
     def abandon(self, call: Call) -> None:
         """Nobody waits for `call` any more: end the connection, unless the call has left it already."""
         if self._call is call:
             self.fail(BrokenReply("given up"))
-
-    def close(self) -> None:
-        """End at once. A call on it must have been ended before."""
-        if not self.closed:
-            self.closed = True
-            self._call = None
-            if self._transport is not None:
-                self._transport.abort()
-            self._released(self, False)

@@ -59,8 +59,9 @@ class Server(Common):
     """HTTP/1.1 on one event loop.
 
     `handler` gets every whole request. It answers before it returns None, or returns an awaitable that
-    answers. What it raises is given to `on_error` (where, exception) and answered with 500. `sinks` and
-    `streamed`: who takes large bodies as they come, and how large these may be (intake.py).
+    answers, or defers its answer (Exchange.defer). What it raises is given to `on_error` (where, exception)
+    and answered with 500. `sinks` and `streamed`: who takes large bodies as they come, and how large these
+    may be (intake.py).
     """
 
     def __init__(

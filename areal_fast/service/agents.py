@@ -111,7 +111,7 @@ class AgentApis:
             return None
         return self._chat(exchange, asked.chat, _Responses(asked, int(time.time())))
 
-    def _chat(self, exchange: Exchange, chat: bytes, language: Language) -> Awaitable[None]:
+    def _chat(self, exchange: Exchange, chat: bytes, language: Language) -> Awaitable[None] | None:
         return self._chats.serve(cast("Exchange", Translated(exchange, chat, language)))
 
     def models(self, exchange: Exchange) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 from areal_fast.core import NUM_COUNTERS
@@ -121,10 +122,13 @@ class Metered:
     def __call__(self, exchange: Exchange) -> Awaitable[None] | None:
         begun = self._clock()
         pending = self._handler(exchange)
-        if pending is None:
+        if pending is not None:
+            return self._later(exchange, pending, begun)
+        if exchange.finished:
             self._note(exchange, begun)
-            return None
-        return self._later(exchange, pending, begun)
+        else:
+            exchange.on_done(partial(self._note, exchange, begun))
+        return None
 
     async def _later(self, exchange: Exchange, pending: Awaitable[None], begun: int) -> None:
         try:

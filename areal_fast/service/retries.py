@@ -30,12 +30,11 @@ if TYPE_CHECKING:
 
     from areal_fast.http import Exchange
     from areal_fast.store import Session, SessionStore
-    from areal_fast.store.session import Twin
 
 
 class Flight:
-    """One chat that is with the engine and will be recorded, with `body_hash`. A context: while it is with
-    the engine."""
+    """One chat that is with the engine and will be recorded, with `body_hash`; until it is told that it has
+    `ended`."""
 
     __slots__ = ("_flights", "_landed", "body_hash", "exchange", "leaving", "one", "session")
 
@@ -54,12 +53,9 @@ class Flight:
         self.leaving: Callable[[], None] | None = None
         self._flights = flights
         self._landed: asyncio.Future[None] | None = None  # only where a twin waits
+        flights.setdefault(session.slot, []).append(self)
 
-    def __enter__(self) -> Flight:
-        self._flights.setdefault(self.session.slot, []).append(self)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
+    def ended(self) -> None:
         slot = self.session.slot
         flights = self._flights[slot]
         flights.remove(self)
@@ -112,14 +108,18 @@ class Retries:
         self._process = courier_of(store.arena)
         self._flights: dict[int, list[Flight]] = {}
 
-    async def twin(self, session: Session, exchange: Exchange) -> tuple[Asked, Twin | None]:
-        """What the request is told apart by, and the recorded answer that it is after."""
+    def asked(self, exchange: Exchange) -> Asked:
+        """What the request is told apart by."""
         key = exchange.headers.get(b"idempotency-key")
-        one = Asked(fingerprint(exchange.body), fingerprint(key) if key else b"")
-        while waiting := [f for f in self._flights.get(session.slot, ()) if f.is_twin_of(one)]:
-            await waiting[0].landed()
-        return one, session.twin(one)
+        return Asked(fingerprint(exchange.body), fingerprint(key) if key else b"")
+
+    def twin_in_flight(self, session: Session, one: Asked) -> Flight | None:
+        """The first one, if it is still with the engine: wait for its end, and ask again."""
+        for flight in self._flights.get(session.slot, ()):
+            if flight.is_twin_of(one):
+                return flight
+        return None
 
     def flight(self, session: Session, exchange: Exchange, one: Asked) -> Flight:
-        """Enter it while this chat is with the engine."""
+        """This chat is with the engine from now on."""
         return Flight(session, exchange, one, self._process, self._flights)

@@ -8,7 +8,7 @@ committed before which byte stays as it is for a chat.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from areal_fast.engine.sse import EventSplitter, EventTooLong
@@ -85,6 +85,15 @@ class Translated:
     @property
     def input_ended(self) -> bool:
         return self._exchange.input_ended
+
+    def defer(self) -> None:
+        self._exchange.defer()
+
+    def go_on(self, pending: Awaitable[None]) -> None:
+        self._exchange.go_on(pending)
+
+    def fault(self, error: Exception) -> None:
+        self._exchange.fault(error)
 
     def on_sent(self, callback: Callable[[bool], None]) -> None:
         self._exchange.on_sent(callback)

@@ -19,8 +19,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from areal_fast.http import Exchange, Limits, Server
+from areal_fast.http import Client, Exchange, Limits, Server
 from areal_fast.http._native import WORTH_FILLING, RequestHead, read_head, read_reply
+from areal_fast.http.client_connection import EngineConnection
 from areal_fast.http.connection import Connection
 from areal_fast.http.head import _parse_reply_head, _parse_request_head
 from areal_fast.http.parser import END, ReplyParser
@@ -160,6 +161,44 @@ def test_usual_replies_are_taken_and_cut_ones_are_not() -> None:
     assert all(read_reply(reply[:size], 4096) is None for size in range(len(reply)))
     assert read_reply(reply + b"H", 4096) is None
     assert read_reply(reply, len(reply) - 3) is None and read_reply(reply, len(reply) - 2) is not None
+
+
+def told(pieces: list[bytes], most: int) -> tuple[Any, ...]:
+    """What a request learns of a reply that comes in these pieces, and whether its connection is kept."""
+
+    async def ask() -> tuple[Any, ...]:
+        client, ended = Client("http://h"), []
+        connection = EngineConnection(client, most, 4096)
+        connection.connection_made(Sink())
+        client._released(connection, True)
+        client.begin("POST", "/", b"{}", timeout_s=60, done=ended.append)
+        for piece in pieces:
+            if not connection.closed:
+                connection.data_received(piece)
+        kept = connection in client._idle
+        connection.eof_received()
+        client.close()
+        (request,) = ended
+        if request.error is not None:
+            return kept, type(request.error)
+        head = request.head
+        return kept, request.status, head.status, list(head.headers), head.keep_alive, request.take_body()
+
+    return asyncio.run(ask())
+
+
+@settings(max_examples=300, deadline=None)
+@given(replies(), st.sampled_from([1000, 4]))
+@example(b"HTTP/1.1 200 OK\r\nset-cookie: a\r\nset-cookie: b\r\ncontent-length: 2\r\n\r\n{}", 1000)
+@example(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n{   }", 4)
+@example(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}", 1000)
+@example(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}", 1000)
+@example(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}H", 1000)
+@example(b"HTTP/1.1 200 OK\r\n\r\nto the end", 1000)
+def test_a_reply_in_one_piece_is_told_as_one_byte_by_byte(data: bytes, most: int) -> None:
+    """The one by _client.pyx where that takes it, the other never."""
+    bytewise = [data[i : i + 1] for i in range(len(data))]
+    assert told([data], most) == told(bytewise, most)
 
 
 class Sink(asyncio.Transport):

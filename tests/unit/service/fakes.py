@@ -183,6 +183,7 @@ class FakeEngine:
         *,
         on_tokens: Callable[[list[int]], None] | None = None,
         routed: Any = None,
+        first: Any = None,
     ) -> Generation:
         self.asked.append((prompt, sampling))
         if self.hold is not None:

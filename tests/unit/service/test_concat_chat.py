@@ -18,7 +18,7 @@ class EndsMessages(WordTokenizer):
 
 
 def test_concat_goes_on_from_the_parents_tokens(service: Service) -> None:
-    service.chats._concat = service.routes._concat = True
+    service.chats.concat = service.routes._concat = True
     service.chats._tokenizer = EndsMessages()  # type: ignore[assignment]
     session_id, key = service.start()
     service.engine.text = "one"
@@ -41,7 +41,7 @@ def test_concat_goes_on_from_the_parents_tokens(service: Service) -> None:
 
 
 def test_concat_streams_are_parents_too_and_what_is_not_stored_is_none(service: Service) -> None:
-    service.chats._concat = True
+    service.chats.concat = True
     service.chats._tokenizer = EndsMessages()  # type: ignore[assignment]
     _, key = service.start()
     for fields in ({"stream": True}, {"store": False}):

@@ -38,8 +38,8 @@ def chat(service: Service, body: Any, key: str | None = None, **options: Any) ->
 
     async def serve() -> None:
         handled = service.routes(exchange)
-        assert handled is not None
-        await handled
+        if handled is not None:
+            await handled
         await service.externals.close()
 
     asyncio.run(serve())
@@ -317,8 +317,8 @@ def test_a_stream_is_committed_before_its_finish_reason_leaves(service: Service,
 
     async def serve() -> None:
         handled = service.routes(exchange)  # type: ignore[arg-type]
-        assert handled is not None
-        await handled
+        if handled is not None:
+            await handled
         await service.externals.close()
 
     asyncio.run(serve())

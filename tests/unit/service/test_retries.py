@@ -115,12 +115,12 @@ def test_a_dead_workers_reply_is_lost_unless_it_was_going_out(
     arena = service.store.arena
     other = type(arena).attach(arena.fileno(), 3)
     other.proc_enter(os.getpid())
-    service.chats._retries._process = courier_of(other)
+    service.chats.retries._process = courier_of(other)
     with monkeypatch.context() as patch:
         if not told:
             patch.setattr(retries, "watch", lambda *_: lambda: None)
         first = chat(service, key, arrived=None)
-    service.chats._retries._process = courier_of(arena)
+    service.chats.retries._process = courier_of(arena)
     assert chat(service, key, seed=1).json["id"] != first.json["id"]
     arena.sweep(3)
     assert (chat(service, key).json["id"] == first.json["id"]) is not told

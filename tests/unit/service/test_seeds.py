@@ -10,7 +10,7 @@ from tests.unit.service.conftest import ADMIN, Service
 
 @pytest.fixture
 def seeded(service: Service, monkeypatch: pytest.MonkeyPatch) -> Service:
-    monkeypatch.setattr(service.chats, "_deterministic", True)
+    monkeypatch.setattr(service.chats, "deterministic", True)
     monkeypatch.setattr(service.store, "note_members", True)
     return service
 
