@@ -114,7 +114,7 @@ class Chats:
         token = auth.bearer(exchange.headers.get(b"authorization"))
         if not token:
             return None
-        session = self.store.by_key(token if token.isascii() else auth.as_text(token))
+        session = self.store.by_key(auth.as_text(token))
         if session is None and self._keys.is_admin(token):
             return self.store.hitl()
         return session

@@ -178,12 +178,11 @@ class SessionStore:
         finally:
             self.arena.unpin(slot)
 
-    def by_key(self, api_key: str | bytes) -> Session | None:
-        """The live session of this key (bytes: as UTF-8), pinned and touched. ExportBusy while a live export
-        removes it: the exporter's client may know already that it is gone, so wait for the outcome."""
+    def by_key(self, api_key: str) -> Session | None:
+        """The live session of this key, pinned and touched. ExportBusy while a live export removes it: the
+        exporter's client may know already that it is gone, so wait for the outcome."""
         try:
-            key = api_key.encode() if isinstance(api_key, str) else api_key
-            return self._session(self.arena.pin_key(key))
+            return self._session(self.arena.pin_key(api_key.encode()))
         except (UnicodeEncodeError, ValueError):
             return None
 

@@ -304,7 +304,7 @@ def test_a_busy_index_is_waited_for(
     session_id, key = service.start()
     by_key, tries = service.store.by_key, 0
 
-    def busy(api_key: bytes) -> Any:
+    def busy(api_key: str) -> Any:
         nonlocal tries
         tries += 1
         if tries < 4:
