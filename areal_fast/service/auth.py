@@ -46,7 +46,9 @@ class Keys:
 
 def bearer(authorization: bytes | None) -> bytes | None:
     """The token of an Authorization header, or None if there is none or it has another form."""
-    if authorization is None or authorization[:7].lower() != b"bearer ":
+    if authorization is None:
+        return None
+    if not authorization.startswith(b"Bearer ") and authorization[:7].lower() != b"bearer ":
         return None
     return authorization[7:].strip()
 

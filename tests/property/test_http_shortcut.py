@@ -20,6 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from areal_fast.http import Client, Exchange, Limits, Server
+from areal_fast.http._client import Link, Pool, Request
 from areal_fast.http._native import WORTH_FILLING, RequestHead, read_head, read_reply
 from areal_fast.http.client_connection import EngineConnection
 from areal_fast.http.connection import Connection
@@ -453,3 +454,16 @@ def test_whether_an_awaited_reply_was_sent_is_told(lost: bool) -> None:
 def test_an_exchange_of_no_connection_is_an_error_and_no_crash() -> None:
     with pytest.raises(AttributeError):
         Exchange().method
+
+
+def test_a_request_of_no_client_is_an_error_and_no_crash() -> None:
+    request = Request()
+    assert request.head is None and request.connection is None
+    request.cancel()
+    for call in (request.take_body, lambda: Pool().begin("GET", "/", timeout_s=1, done=print)):
+        with pytest.raises((AttributeError, TypeError)):
+            call()
+    link = Link.__new__(Link)
+    for act in (link.close, lambda: link.send(request, "GET", b""), lambda: link.data_received(b"x")):
+        with pytest.raises((AttributeError, TypeError)):
+            act()

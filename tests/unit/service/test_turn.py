@@ -14,7 +14,7 @@ from areal_fast.core import IndexBusy
 from areal_fast.engine.generate import Engine
 from areal_fast.http import BrokenReply, ConnectFailed, Timeout
 from areal_fast.service import turn as turns
-from areal_fast.service.meters import STANDALONE_CHATS, TURNS, Metered
+from areal_fast.service.meters import SIZE, STANDALONE_CHATS, TURNS, Metered, base
 from tests.unit.service.conftest import ADMIN, Service
 from tests.unit.service.fakes import FakeExchange, WordTokenizer
 
@@ -365,16 +365,19 @@ def test_a_lost_reply_is_told_again(service: Service, transport: Transport) -> N
 
 def test_a_deferred_answer_is_counted_when_it_is_given(service: Service, transport: Transport) -> None:
     _, key = service.start()
-    counted: list[tuple[int, int]] = []
+    arena = service.store.arena
+    before = arena.counters()
 
-    class Counters:
-        def count(self, counter: int, delta: int = 1) -> None:
-            counted.append((counter, delta))
+    def counted() -> list[int]:
+        """What the route's counters have gained."""
+        first = base("chat")
+        gained = [now - then for now, then in zip(arena.counters(), before, strict=True)]
+        return gained[first : first + SIZE]
 
     times = iter([100, 350])
     exchange = Exchange(key)
-    assert Metered(service.routes, Counters(), lambda: next(times))(exchange) is None  # type: ignore[arg-type]
-    assert not counted
+    assert Metered(service.routes, arena, lambda: next(times))(exchange) is None  # type: ignore[arg-type]
+    assert not any(counted())
     transport.asked[0].say("hello")
     exchange.done()
-    assert [delta for _, delta in counted] == [1, 250, 1]
+    assert sorted(filter(None, counted())) == [1, 1, 250]
