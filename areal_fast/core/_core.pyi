@@ -270,6 +270,7 @@ class Arena:
 class Histogram:
     """What `Arena.histogram` counts with."""
 
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     def observe(self, value: int, beside: int) -> None:
         """Count `value` (≥ 0) under the first bound that it is not above, add it to the sum, and count one
         more in the other with the number `beside`."""

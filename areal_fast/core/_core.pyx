@@ -715,8 +715,11 @@ cdef class Histogram:
         raise TypeError("Arena.histogram makes one")
 
     def observe(self, int64_t value, uint32_t beside):
-        cdef af_arena *a = self.arena.ready()
+        cdef af_arena *a
         cdef uint32_t i = 0
+        if self.arena is None:
+            raise BadArgument("a histogram of no arena")
+        a = self.arena.ready()
         while i < self.bounds and value > self.bound[i]:
             i += 1
         af_count(a, self.first + i, 1)

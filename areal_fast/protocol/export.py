@@ -130,46 +130,56 @@ def split_data(data: Buffer, new_ids: int, scored: int) -> tuple[IntArray, Float
     return ids, logprobs
 
 
+_NUMPY = {"int64": "<i8", "int32": "<i4", "float32": "<f4", "bool": "?"}
+_KINDS = {name: _NUMPY[dtype] for name, dtype in DTYPES.items()}
 _NO_IDS: IntArray = np.empty(0, np.int32)
 _NO_LOGPROBS: FloatArray = np.empty(0, np.float32)
 
 
 def row_array(row: Row, ids: IntArray, logprobs: FloatArray, name: str) -> npt.NDArray[Any]:
     """Tensor `name` of one row, [T] (rewards [1]), from its full ids [T] and its log-probs [scored]."""
-    if name == "input_ids":
-        return ids.astype("<i8")
     if name == "rewards":
         return as_float32([row.reward])
     if name == "original_rewards":
         return as_float32([row.original])
-    if name == "attention_mask":
-        return np.ones(row.length, np.bool_)
-    if name == "logprobs":
-        lp: npt.NDArray[Any] = np.zeros(row.length, "<f4")
+    out: npt.NDArray[Any] = np.zeros(row.length, _KINDS[name])
+    fill_row(out, row, ids, logprobs, name)
+    return out
+
+
+def fill_row(out: npt.NDArray[Any], row: Row, ids: IntArray, logprobs: FloatArray, name: str) -> None:
+    """The same into `out`, [T] zeros of the tensor's dtype. KeyError for what has no place by token."""
+    if name == "input_ids":
+        out[:] = ids
+    elif name == "attention_mask":
+        out.fill(True)
+    elif name == "logprobs":
         taken = 0
         for at, n in row.outputs:
-            lp[at : at + n] = logprobs[taken : taken + n]
+            out[at : at + n] = logprobs[taken : taken + n]
             taken += n
-        return lp
-    if name == "loss_mask":
-        mask: npt.NDArray[Any] = np.zeros(row.length, "<i8")
+    elif name == "loss_mask":
         for at, n in row.outputs:
-            mask[at : at + n] = 1
-        return mask
-    if name == "turn_ids":
-        turns: npt.NDArray[Any] = np.full(row.length, -1, "<i4")
+            out[at : at + n] = 1
+    elif name == "turn_ids":
+        out.fill(-1)
         for turn, (at, n) in enumerate(row.outputs):
-            turns[at : at + n] = turn
-        return turns
-    if name != "versions":
+            out[at : at + n] = turn
+    elif name == "versions":
+        out.fill(-1)
+        if len(row.runs) == 1:
+            for at, n in row.outputs:
+                out[at : at + n] = row.runs[0][0]
+            return
+        given = np.repeat(
+            np.array([version for version, _ in row.runs], "<i8"), [count for _, count in row.runs]
+        )
+        taken = 0
+        for at, n in row.outputs:
+            out[at : at + n] = given[taken : taken + n]
+            taken += n
+    else:
         raise KeyError(name)
-    given = np.repeat(np.array([version for version, _ in row.runs], "<i8"), [count for _, count in row.runs])
-    out: npt.NDArray[Any] = np.full(row.length, -1, "<i8")
-    taken = 0
-    for at, n in row.outputs:
-        out[at : at + n] = given[taken : taken + n]
-        taken += n
-    return out
 
 
 class Rows:
@@ -206,19 +216,21 @@ class Rows:
 
     def array(self, i: int, name: str) -> npt.NDArray[Any]:
         """Tensor `name` of row i: [T], for rewards [1]."""
+        return row_array(self.rows[i], *self._sources(i, name), name)
+
+    def _sources(self, i: int, name: str) -> tuple[IntArray, FloatArray]:
+        """The ids and log-probs that tensor `name` of row i is made of; neither if it needs none."""
         ids = self.ids(i) if name == "input_ids" else _NO_IDS
-        logprobs = self._parts(i)[1] if name == "logprobs" else _NO_LOGPROBS
-        return row_array(self.rows[i], ids, logprobs, name)
+        return ids, self._parts(i)[1] if name == "logprobs" else _NO_LOGPROBS
 
     def batch(self, name: str) -> npt.NDArray[Any]:
         """Tensor `name` over all rows: [B, T] right-padded with 0, for rewards [B]."""
         if name in PER_ROW:
             return as_float32([row.reward if name == "rewards" else row.original for row in self.rows])
         width = max((row.length for row in self.rows), default=0)
-        kind = {"int64": "<i8", "int32": "<i4", "float32": "<f4", "bool": "?"}[DTYPES[name]]
-        out: npt.NDArray[Any] = np.zeros((len(self.rows), width), kind)
+        out: npt.NDArray[Any] = np.zeros((len(self.rows), width), _KINDS[name])
         for i, row in enumerate(self.rows):
-            out[i, : row.length] = self.array(i, name)
+            fill_row(out[i, : row.length], row, *self._sources(i, name), name)
         return out
 
 

@@ -242,6 +242,8 @@ def test_a_histogram_counts_each_value_once(arena):
         arena.histogram(40, range(33))
     with pytest.raises(TypeError):
         type(found)()
+    with pytest.raises((BadArgument, AttributeError)):
+        type(found).__new__(type(found)).observe(1, 0)
     arena.close()
     with pytest.raises(BadArgument):
         found.observe(1, 0)
