@@ -84,6 +84,7 @@ cdef struct guard:
 
 
 cdef enum:
+    ERROR = -3
     MET = -2
     UNMET = -1
 
@@ -119,10 +120,12 @@ cdef class Plan:
     def __dealloc__(self):
         PyMem_Free(self.guards)
 
-    cdef Py_ssize_t unmet(self, list messages):
+    cdef Py_ssize_t unmet(self, list messages) except ERROR:
         """MET, UNMET, or the place of a message that lacks an answer."""
         cdef Py_ssize_t i
         cdef Message m
+        if len(messages) != len(self.contexts):
+            raise BadArgument("a plan for another number of messages")
         for i in range(self.guard_count):
             m = messages[self.guards[i].place]
             if self.guards[i].asked & ~m.asked:
@@ -226,8 +229,10 @@ cdef class KnownMessages:
             if encoded is None:
                 return None
             new, cost = encoded
+            if type(new) is not bytes:
+                raise BadArgument("ids are bytes")
             left -= cost
-            self.add(m, context, new)
+            self.add(m, context, <bytes> new)
             ids.append(new)
         return rest.chat, plan.join(ids)
 
@@ -317,6 +322,7 @@ cdef class KnownMessages:
     cdef Rest rest_of(self, const char *text, size_t size, const af_range *array):
         cdef Rest rest
         cdef size_t behind = size - array.stop
+        cdef Py_ssize_t cost
         key = PyBytes_FromStringAndSize(NULL, 32)
         af_digest(&self.key, text, array.start, <uint8_t *> PyBytes_AS_STRING(key))
         af_digest(&self.key, text + array.stop, behind, <uint8_t *> PyBytes_AS_STRING(key) + 16)
@@ -327,9 +333,10 @@ cdef class KnownMessages:
                                PyBytes_FromStringAndSize(text + array.stop, <Py_ssize_t> behind))
         if rest is None or array.start + behind > MAX_REST:
             return rest
-        self.rest_bytes += REST_BYTES + REST_BYTES_A_BYTE * <Py_ssize_t> (array.start + behind)
-        if self.rest_bytes > self.half_bytes // 4:
+        cost = REST_BYTES + REST_BYTES_A_BYTE * <Py_ssize_t> (array.start + behind)
+        if self.rest_bytes + cost > self.half_bytes // 4:
             self.forget_rests()
+        self.rest_bytes += cost
         self.rests[key] = rest
         return rest
 
@@ -355,8 +362,11 @@ cdef class KnownMessages:
             if place == MET:
                 return plan
         names = list(self.forms)
-        return self.maker.plan(rest, forms, [names[form] for form in forms],
+        plan = self.maker.plan(rest, forms, [names[form] for form in forms],
                                [self.content(text, i, contents) for i in range(n)])
+        if plan is not None and len(plan.contexts) != n:
+            raise BadArgument("a plan for another number of messages")
+        return plan
 
     @property
     def size_bytes(self):

@@ -18,6 +18,8 @@ import pytest
 from areal_fast.core._core import Arena
 from areal_fast.core._messages import fingerprint
 from areal_fast.core._tokens import ids_json
+from areal_fast.engine.reply import completion
+from areal_fast.engine.sampling import Sampling
 from areal_fast.engine.sglang import SGLang
 from areal_fast.engine.templates import ChatTemplate
 from areal_fast.engine.tokenizer import HfTokenizer, load_tokenizer
@@ -145,6 +147,17 @@ def test_known_chat(benchmark: Any, tokenizer: HfTokenizer, count: int) -> None:
 def test_ids_as_json(benchmark: Any) -> None:
     ids = np.random.default_rng(1).integers(0, 150_000, 4000, np.int32).tobytes()
     benchmark(ids_json, ids)
+
+
+def test_engine_request(benchmark: Any) -> None:
+    """4,000 ids, parameters that were sent before."""
+    ids = np.random.default_rng(1).integers(0, 150_000, 4000, np.int32).tobytes()
+    sampling = Sampling(max_new_tokens=64, stop_token_ids=(1, 2))
+    benchmark(SGLang().generate, ids, sampling, 64, stream=False)
+
+
+def test_reply(benchmark: Any) -> None:
+    benchmark(completion, "chatcmpl-" + "0" * 29, 1_700_000_000, "some words " * 30, "stop", 4000, 64)
 
 
 def test_fingerprint_of_a_body(benchmark: Any) -> None:

@@ -384,6 +384,32 @@ strings = st.lists(
 blanks = st.sampled_from(["", "", "", " ", "\n\t"])
 
 
+def test_a_maker_that_makes_nonsense_is_refused() -> None:
+    here = Context("", "", "", False)
+    body = b'{"messages":[{"role":"user","content":"a"}]}'
+
+    class Making(Reading):
+        made: Any = Plan((here,), (b"", b""))
+        ids: Any = b"\1\0\0\0"
+
+        def plan(self, *_asked: Any) -> Any:
+            return self.made
+
+        def encode(self, segment: str, work: int) -> Any:
+            assert (segment, work) == ("a", 7)
+            return self.ids, 1
+
+    assert KnownMessages(1000, Making(), "").take(body, 7) == (None, b"\1\0\0\0")
+    for plan, ids in ((Plan((), (b"",)), b""), (Making.made, None), (Making.made, "a")):
+        maker = Making()
+        maker.made, maker.ids = plan, ids
+        with pytest.raises(BadArgument):
+            KnownMessages(1000, maker, "").take(body, 7)
+        maker.rest = lambda *_, p=plan: Rest(None, {b"\0": [p]})  # type: ignore[method-assign,misc]
+        with pytest.raises(BadArgument):
+            KnownMessages(1000, maker, "").take(body, 7)
+
+
 @SETTINGS
 @given(strings, st.data())
 def test_a_plain_message_is_read_as_json(content: str, data: st.DataObject) -> None:

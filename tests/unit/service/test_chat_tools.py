@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 
+from areal_fast.engine.tokenizer import HfTokenizer, load_tokenizer
+from areal_fast.service.auth import Keys
+from areal_fast.service.chat import Chats
+from areal_fast.service.log import Log
+from tests import token_folders
 from tests.unit.service.conftest import Service
 from tests.unit.service.fakes import WordTokenizer
 
@@ -112,3 +117,23 @@ def test_arguments_reach_the_template_as_the_dialect_says(
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     assert service.ask("POST", "/chat/completions", {"messages": messages}).status == 200
     assert seen[1]["tool_calls"][0]["function"]["arguments"] == ({"a": 1} if objects else '{"a": 1}')
+
+
+@pytest.mark.parametrize("objects", [False, True])
+def test_known_chats_have_arguments_as_the_dialect_says(service: Service, objects: bool) -> None:
+    tokenizer = load_tokenizer(str(token_folders.qwen()))
+    assert isinstance(tokenizer, HfTokenizer)
+    Chats(
+        service.store,
+        Keys("admin"),
+        tokenizer,
+        lambda: None,
+        Log("test", "critical"),
+        service.externals,
+        object_arguments=objects,
+    )
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    taken = tokenizer.known.take(json.dumps({"messages": messages}).encode())
+    assert taken is not None
+    assert ('"arguments": {"a": 1}' in tokenizer.decode(taken[1].ids())) is objects
