@@ -10,9 +10,10 @@ that is: the template rendered (templates.py), the text encoded with special tok
 process (remote.py); `builtin:bytes` is the embedded tokenizer.
 
 Cost (2 vCPU Ice Lake, Qwen vocabulary, µs): 5 messages, 200 tokens of which 20 new, 40 to 60; 30 messages,
-4k tokens of which 150 new, 160 (rendering 38, known segments 31, new text 0.25 to 1 a token). So a turn is
-encoded on the loop; above `OFFLOAD_CHARS` of work, `prompt` takes new text to a thread (the encoder
-releases the GIL), which keeps the loop's longest pause near 2 ms.
+4k tokens of which 150 new, 160 (rendering 38, known segments 31). New text is 0.06 to 0.25 a token where it
+is encoded natively (bpe.py; with cold caches, on a busy machine), and about 1 in the library. So a turn is
+encoded on the loop; above `OFFLOAD_CHARS` of work, `prompt` takes new text to a thread (long text is
+encoded without the GIL), which keeps the loop's longest pause near 2 ms.
 
 Ownership: one tokenizer a process; all methods for the loop's thread, unless they say otherwise.
 """
@@ -56,8 +57,9 @@ __all__ = [
 ]
 
 BUILTIN_BYTES = "builtin:bytes"
-# new text beyond this is encoded on a thread: about 2 ms of encoding, against 60 to 100 µs for the trip
-# there and back
+# new text beyond this is encoded on a thread: about 2 ms of the library's encoding, or four times as many
+# characters where byte pairs are encoded natively (segments.py), against 60 to 100 µs for the trip there and
+# back
 OFFLOAD_CHARS = 8192
 
 
