@@ -83,6 +83,7 @@ cdef class Folded:
     cdef int take_ready(self, const char *meta, Py_ssize_t size) except -1
     cdef int room_to_close(self) except -1
     cdef const char *body_hash(self, Item *item) noexcept
+    cdef bint may_have_twin(self, bytes body, bytes key) noexcept
     cdef bytes messages_hash(self, Item *item)
     cdef int put_prefix(self, Item *item) except -1
     cdef Interaction view(self, Item *item)

@@ -161,7 +161,3 @@ class Folded:
     @property
     def late(self) -> dict[int, Interaction]:
         """Those that came when their trajectory was gone, by ordinal."""
-
-def pack_interaction(m: InteractionMeta) -> bytes:
-    """Meta bytes of an INTERACTION record. ValueError: `version_runs` do not cover exactly the output, or
-    something is too long for its field."""

@@ -67,6 +67,12 @@ class Pinned:
     def access(self) -> None:
         """From now on this use is an access."""
 
+    def twin_ordinal(self, body: bytes, key: bytes) -> int:
+        """As SessionState.twin_of of the state as of now."""
+
+    def lives(self, process: int) -> bool:
+        """Whether that process (records.courier_word) lives. Session's."""
+
     @property
     def state(self) -> SessionState:
         """The folded state as of now (a due deadline is fired first). Read, don't change."""

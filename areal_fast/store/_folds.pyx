@@ -358,6 +358,15 @@ cdef class Pinned:
     def state(self):
         return self.now()
 
+    def twin_ordinal(self, bytes body not None, bytes key not None):
+        cdef Folded fold = self.now()
+        if not fold.may_have_twin(body, key):
+            return -1
+        return fold.twin_of(body, key, self.lives)
+
+    def lives(self, process):
+        raise NotImplementedError
+
     cdef Folded now(self):
         """The fold, a deadline that is due fired."""
         cdef Folded fold = self.folds.fresh(self.slot)

@@ -74,11 +74,13 @@ class Session(Pinned):
     def twin(self, one: retries.Asked) -> Twin | None:
         """The recorded answer that a request is after whose first reply was lost (retries.py), or None."""
         while True:
-            fold = self.state
-            ordinal = fold.twin_of(one.body, one.key, self._lives)
-            found = fold.interaction(ordinal) if ordinal >= 0 else None
-            if found is None or found.meta is None:
+            ordinal = self.twin_ordinal(one.body, one.key)
+            if ordinal < 0:
                 return None
+            fold = self._store.folds.refresh(self.slot)
+            found = fold.interaction(ordinal)
+            if found is None or found.meta is None:
+                continue  # exported since
             try:
                 ids = self._store.folds.full_ids(self.slot, fold, ordinal)
             except Trimmed:
@@ -86,7 +88,7 @@ class Session(Pinned):
             place = (found.trajectory, ordinal)
             return Twin(found.interaction_id, ids, found.meta.prompt_len, found.meta.stop_reason, place)
 
-    def _lives(self, process: int) -> bool:
+    def lives(self, process: int) -> bool:
         return lives(self._store.arena, process)
 
     def fate(self, place: tuple[int, int]) -> Fate:

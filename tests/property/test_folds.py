@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import random
 import struct
+from array import array
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -17,8 +19,10 @@ from hypothesis import strategies as st
 
 from areal_fast.protocol import records as rec
 from areal_fast.protocol import retries
-from areal_fast.protocol._fold import pack_interaction
 from areal_fast.protocol.sessions import Record, SessionState
+from areal_fast.store import SessionStore
+from areal_fast.store.folds import FoldCache
+from tests.model_arena import ModelArena
 
 HEAD = struct.Struct("<IIIIIIIHBBBBH")
 ALIVE, DEAD = 7, 8
@@ -283,34 +287,72 @@ def test_a_fold_is_what_its_log_says(seed: int) -> None:
     log.agree()
 
 
+def common(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def reference(before: list[list[int]], prompt: list[int]) -> tuple[int, int]:
+    """What a turn's record refers to: the better of the last two, if it shares 16 ids."""
+    best, shared = rec.NO_REF, 0
+    for ordinal in range(len(before) - 1, max(-1, len(before) - 3), -1):
+        n = common(before[ordinal], prompt)
+        if n > shared:
+            best, shared = ordinal, n
+        if n in (len(prompt), len(before[ordinal])):
+            break
+    return (best, shared) if shared >= 16 else (rec.NO_REF, 0)
+
+
 @given(st.integers(0, 2**64))
-def test_a_packed_interaction_is_read_as_it_was(seed: int) -> None:
+def test_a_commit_records_what_it_was_told(seed: int) -> None:
     chance = random.Random(seed)
-    for ordinal in range(10):
-        m = meta(chance, ordinal, 0)
-        raw = pack_interaction(m)
-        assert raw == packed(m)
-        state = SessionState()
-        state.apply([(0, rec.INTERACTION, 0, 0, 0, raw, 9)])
-        assert [i.meta for i in state.all_interactions()] == [m]
+    store = SessionStore(ModelArena.create(16 << 20, proc=0))
+    session = store.by_key(store.start("t").sessions[0][1])
+    assert session is not None
+    said: list[list[int]] = []
+    for _ in range(chance.randrange(2, 9)):
+        prompt = [chance.randrange(2**31) for _ in range(chance.randrange(40))]
+        if said and chance.random() < 0.8:
+            old = chance.choice(said[-3:])
+            prompt = old[: chance.choice((len(old), chance.randrange(len(old) + 1)))] + prompt
+        parts = [(chance.randrange(-2, 2), chance.randrange(0, 4)) for _ in range(chance.randrange(4))]
+        output = [chance.randrange(2**31) for _ in range(sum(n for _, n in parts))]
+        logprobs = array("f", [-chance.random() for _ in output])
+        turn = session.begin_turn(reserve_tokens=chance.choice((0, 50)))
+        ref, shared = reference(said, prompt)
+        m = meta(chance, turn.ordinal, 0)._replace(
+            ref=ref, shared=shared, prompt_len=len(prompt), output_len=len(output), parent=rec.NO_REF,
+            interaction_id=turn.interaction_id,
+            version_runs=tuple((k, len([*run])) for k, run in groupby(v for v, n in parts for _ in range(n))),
+        )  # fmt: skip
+        turn.commit(
+            prompt_ids=prompt, output_ids=array("i", output), logprobs=logprobs, version_runs=parts,
+            stop_reason=m.stop_reason, messages_hash=m.messages_hash, body_hash=m.body_hash, extra=m.extra,
+            routed=m.routed,
+        )  # fmt: skip
+        said.append(prompt + output)
+        head, _, records = store.arena.read(session.slot)
+        assert records[-1][1] == rec.INTERACTION and records[-1][5] == packed(m)
+        data = store.arena.record_data(session.slot, head, records[-1][0])
+        assert data == array("i", said[-1][shared:]).tobytes() + logprobs.tobytes()
+        assert session.state.all_interactions()[-1].meta == m
+    fresh = FoldCache(store.arena)
+    for ordinal in chance.sample(range(len(said)), len(said)):
+        fold = fresh.refresh(session.slot)
+        assert fresh.full_ids(session.slot, fold, ordinal).tolist() == said[ordinal]
 
 
-def test_version_runs_are_joined_and_must_cover_the_output() -> None:
-    m = meta(random.Random(1), 1, 0)._replace(
-        version_runs=((1, 2), (2, 0), (1, 3), (4, -1), (2, 5)), output_len=10
-    )
-    state = SessionState()
-    state.apply([(0, rec.INTERACTION, 0, 0, 0, pack_interaction(m), 9)])
-    assert state.all_interactions()[0].meta == m._replace(version_runs=((1, 5), (2, 5)))
-    with pytest.raises(ValueError, match="cover exactly the output"):
-        pack_interaction(m._replace(output_len=9))
-    for too_long in (
-        {"stop_reason": "x" * 256},
-        {"messages_hash": bytes(256)},
-        {"interaction_id": "x" * 256},
-    ):
+def test_what_is_too_long_for_its_field_is_refused() -> None:
+    store = SessionStore(ModelArena.create(16 << 20, proc=0))
+    session = store.by_key(store.start("t").sessions[0][1])
+    assert session is not None
+    for long in ({"stop_reason": "x" * 256}, {"messages_hash": bytes(256)}, {"body_hash": bytes(65536)}):
+        whole: dict[str, Any] = {"stop_reason": "stop", **long}
         with pytest.raises(ValueError, match="too long"):
-            pack_interaction(m._replace(**too_long))
+            session.begin_turn(reserve_tokens=9).commit(
+                prompt_ids=[1], output_ids=[], logprobs=[], version_runs=[], **whole
+            )
+    assert session.state.is_empty and store.turns_open == {}
 
 
 def test_a_meta_cut_short_changes_nothing() -> None:
