@@ -2,8 +2,8 @@
 
 Server(handler, limits).serve(sock): `handler(exchange)` gets each whole request and answers it at once,
 returns an awaitable that does, or defers its answer to a callback. Client(base_url).request(...), .begin(...)
-and .stream(...): a pool of kept connections to one engine. Plain HTTP only: TLS, proxies and other people's services go through a maintained client
-elsewhere.
+and .stream(...): a pool of kept connections to one engine. Plain HTTP only: TLS, proxies and other people's
+services go through a maintained client elsewhere.
 """
 
 from areal_fast.http._native import Exchange, Headers
