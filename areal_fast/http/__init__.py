@@ -1,9 +1,9 @@
 """HTTP/1.1, server and client, over httptools on asyncio or uvloop. Knows nothing of sessions.
 
-Server(handler, limits).serve(sock): `handler(exchange)` gets each whole request and answers it at once, or
-returns an awaitable that does. Client(base_url).request(...) and .stream(...): a pool of kept connections to
-one engine. Plain HTTP only: TLS, proxies and other people's services go through a maintained client
-elsewhere.
+Server(handler, limits).serve(sock): `handler(exchange)` gets each whole request and answers it at once,
+returns an awaitable that does, or defers its answer to a callback. Client(base_url).request(...), .begin(...)
+and .stream(...): a pool of kept connections to one engine. Plain HTTP only: TLS, proxies and other people's
+services go through a maintained client elsewhere.
 """
 
 from areal_fast.http._native import Exchange, Headers

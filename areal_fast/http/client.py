@@ -12,6 +12,9 @@ late into it that it said nothing: the case every HTTP client repeats (RFC 9112 
 repeated here: not a time-out, not a reply that broke off, not a failure on a fresh connection.
 `retry_stale=False` turns it off.
 
+A request ends in a call (`begin`, in _client.pyx) or is awaited (`request`, built on that); one that finds no
+idle connection has a task for as long as it waits for one.
+
 Cancelling a request, or its time-out, closes its connection, which is how an engine learns that nobody waits.
 
 Everything belongs to one event loop's thread.

@@ -164,7 +164,7 @@ class ChatTurn:
             if generation is None:
                 return False
             answer = self._answer(generation)
-            self._commit(generation, self._said([Piece(answer.content, answer.calls)]), None)
+            self._commit(generation, self._said_whole(answer), None)
             self._respond(answer, generation)
         except Exception as error:
             self._fail(error)
@@ -214,8 +214,7 @@ class ChatTurn:
             return
         generation = await self._engine.generate(prompt, sampling, routed=self._routed, first=self._first)
         answer = self._answer(generation)
-        said = self._said([Piece(answer.content, answer.calls)])
-        self._commit(generation, said, await self._published(generation))
+        self._commit(generation, self._said_whole(answer), await self._published(generation))
         self._respond(answer, generation)
 
     async def _stream(self, prompt: Prompt, sampling: Sampling) -> None:
@@ -347,6 +346,12 @@ class ChatTurn:
         return whole_answer(
             generation, self._chat, self._prompt, self._sampling, self._tokenizer, self._chats.tools
         )
+
+    def _said_whole(self, answer: Answer) -> tuple[bytes, bytes]:
+        """`_said` of an answer in one piece."""
+        if self._line is None and not self._chats.externals.names:
+            return b"", b""
+        return self._said([Piece(answer.content, answer.calls)])
 
     def _said(self, pieces: list[Piece]) -> tuple[bytes, bytes]:
         """Of the answer, for the record: the conversation's hash with it (concat), and the chat as text. That
