@@ -8,7 +8,7 @@ tokens with the experts of each: 100 MiB of base64. One proxy, one worker, pinne
   cold    CPU of the proxy's tree a turn, its granules never touched before: every page is a fault
   warm    the same with granules that earlier shards have left
   plain   the same chat without asking for experts: what of it is the chat itself
-  delay   small chats (5 messages, 200 tokens, 200 a second) and /health (400 a second) in other sessions of
+  delay   small chats (5 messages, 200 tokens, 100 a second) and /health (400 a second) in other sessions of
           the same worker, open loop: `quiet` while nothing else goes on, `busy` while such an answer is under
           way, in turns. The delay is the busy latency less the quiet median. `engine` is the engine asked
           directly (100 a second): how late it itself was with a small answer meanwhile
@@ -39,8 +39,8 @@ from benchmarks.targets import ADMIN, Target, checked, proxy, step_aside
 
 MESSAGES = 100
 ASK = {"metadata": {"return_routed_experts": True}}
-A_SECOND = {"chat": 200.0, "health": 400.0, "engine": 100.0}
-QUIET_S = 1.0
+A_SECOND = {"chat": 100.0, "health": 400.0, "engine": 100.0}
+QUIET_S = 0.7
 
 
 @contextlib.contextmanager
@@ -121,23 +121,32 @@ def small_chats(target: Target) -> Iterator[bytes]:
 
 async def beside(
     target: Target, streams: dict[str, tuple[str, Iterator[bytes]]], large: list[bytes]
-) -> dict[str, load.Outcome]:
-    """The streams while `large` are asked for one after the other, or for QUIET_S if there are none."""
+) -> dict[str, list[float]]:
+    """Latencies of what was due while `large` were asked for one after the other, or for QUIET_S if there are
+    none; and how late the generator was, all the time."""
     stop = asyncio.Event()
     running = [
         asyncio.ensure_future(load.open_loop(address, what, rate=A_SECOND[kind], stop=stop, limit_s=120))
         for kind, (address, what) in streams.items()
     ]
+    (connection,) = await load.connect(target.address, 1)
+    await asyncio.sleep(QUIET_S)  # all connections are there
+    began = time.perf_counter()
     if not large:
         await asyncio.sleep(QUIET_S)
-    (connection,) = await load.connect(target.address, 1)
     for data in large:
         status, body = await connection.ask(data)
         if status != 200:
             raise SystemExit(f"a large turn was answered {status}: {body[:200]!r}")
+    ended = time.perf_counter()
     stop.set()
     load.close([connection])
-    return dict(zip(streams, map(checked, await asyncio.gather(*running)), strict=True))
+    found: dict[str, list[float]] = {"late": []}
+    for kind, outcome in zip(streams, map(checked, await asyncio.gather(*running)), strict=True):
+        timed = zip(outcome.due, outcome.latencies, strict=True)
+        found[kind] = [latency for due, latency in timed if began <= due <= ended]
+        found["late"] += outcome.lateness
+    return found
 
 
 def delays(turns: Turns, engine: str, rounds: int, in_a_row: int) -> dict[str, Any]:
@@ -155,9 +164,8 @@ def delays(turns: Turns, engine: str, rounds: int, in_a_row: int) -> dict[str, A
         for which, kinds in found.items():
             asked = [turns.request(**ASK) for _ in range(in_a_row if which == "busy" else 0)]
             outcomes = load.run(beside(turns.target, streams, [data for data, _ in asked]))
-            for kind, outcome in outcomes.items():
-                kinds[kind] += outcome.latencies
-                kinds["late"] += outcome.lateness
+            for kind, latencies in outcomes.items():
+                kinds[kind] += latencies
             for _, key in asked:
                 turns.reward(key)
         turns.drop()
