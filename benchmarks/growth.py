@@ -1,9 +1,9 @@
 """Does anything cost more as more of it is there? Sessions, turns, shards, sessions of one task; and what
 idle costs.
 
-    python benchmarks/growth.py [--quick] [--part sessions|turns|shards|task|memory|idle …]
+    python -m benchmarks growth [--quick] [--part sessions|turns|shards|task|memory|idle …]
 
-  sessions  CPU a chat turn and a start with 1,000 … 100,000 live sessions
+  sessions  CPU a chat turn and a start with 1,000 … 100,000 live sessions, beside a proxy with few
   turns     CPU a turn in one session of 10 … 1,000 turns (each turn says one thing more than the last)
   shards    CPU a put and a get with 1,000 … 1,000,000 shards, in one process over the store (no HTTP)
   task      the 4,000th start_session of one task_id beside the first hundreds
@@ -17,36 +17,18 @@ the last over the first. `memory`, `idle` and `task` are measured on the origina
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "wire"), str(HERE.parent / "tests")]
-
-import json  # noqa: E402
-
-import load  # noqa: E402
-import machine  # noqa: E402
-from proxy import original, ours  # noqa: E402
-from scenarios import (  # noqa: E402
-    ADMIN,
-    TURNS,
-    Target,
-    Text,
-    chat,
-    engine,
-    own_cpus,
-    pin,
-    tokenizer_folder,
-)
+from benchmarks import load
+from benchmarks.command import begun, flags, kept, parsed
+from benchmarks.scenarios import TURNS, chat
+from benchmarks.targets import ADMIN, Target, engine, proxy, step_aside
 
 ARENA_BYTES = 2 << 30
 PROBE = 1500
@@ -54,28 +36,18 @@ PROBE = 1500
 
 
 @contextlib.contextmanager
-def proxy(whose: str, *flags: str) -> Iterator[Target]:
+def alone(whose: str, *more: str) -> Iterator[Target]:
     """One proxy over the embedded engine, pinned."""
-    with contextlib.ExitStack() as stack:
-        backend = stack.enter_context(engine())
-        if whose == "ours":
-            flags = (*flags, "--arena-max-bytes", str(ARENA_BYTES))
-            server = stack.enter_context(ours(backend, tokenizer_folder(), flags, workers=1))
-        else:
-            from areal_env import areal_python
-
-            server = stack.enter_context(original(areal_python(), backend, tokenizer_folder()))
-        target = Target(whose, server.address, server.pid, Text(3))
-        pin(target)
-        own_cpus()
+    arena = ("--arena-max-bytes", str(ARENA_BYTES))
+    with engine() as backend, proxy(whose, backend, *arena, *more) as target:
         yield target
 
 
 def cost_ms(target: Target, requests: list[bytes]) -> float:
     """CPU ms a request."""
-    before = load.tree_cpu_s(target.pid)
+    before = target.cpu_s()
     target.run(requests)
-    return 1000 * (load.tree_cpu_s(target.pid) - before) / len(requests)
+    return 1000 * (target.cpu_s() - before) / len(requests)
 
 
 def starts(task: str, numbers: range, same: bool = False) -> list[bytes]:
@@ -91,30 +63,50 @@ def grown(points: list[dict[str, float]], *costs: str) -> dict[str, Any]:
 
 
 def sessions(quick: bool) -> dict[str, Any]:
-    """A chat turn and a start, with more and more sessions live."""
-    points, live, probe = [], 0, PROBE // (5 if quick else 1)
-    with proxy("ours") as target:
-        keys = [key for _, key in target.sessions(50)]
-        live = 50
-        talk = [[*target.text.messages(4, 180), {"role": "user", "content": "and?"}] for _ in range(8)]
-        target.run([chat(talk[i % 8], "") for i in range(64)])
+    """A chat turn and a start with more and more sessions live, in turns with the same on a proxy that has
+    few: the machine may change its pace in the minutes that this takes."""
+    points, live, probe, pieces = [], 50, PROBE // (5 if quick else 1), 5
+    arena = ("--arena-max-bytes", str(ARENA_BYTES))
+    with (
+        engine() as backend,
+        proxy("ours", backend, *arena) as many,
+        proxy("ours", backend, *arena) as few,
+    ):
+        talk = [[*many.text.messages(4, 180), {"role": "user", "content": "and?"}] for _ in range(8)]
+        for target in (many, few):
+            target.sessions(50)
+            target.run([chat(talk[i % 8], "") for i in range(64)])
         for wanted in (1_000, 3_000) if quick else (1_000, 10_000, 30_000, 100_000):
-            target.run(starts("crowd", range(live, wanted - probe)))
-            start_ms = cost_ms(target, starts("crowd", range(wanted - probe, wanted)))
+            many.run(starts("crowd", range(live, wanted - probe - 50)))
+            fresh = [(one, [key for _, key in one.sessions(50)]) for one in (many, few)]
+            costs: dict[str, list[float]] = {
+                name: [] for name in ("start_ms", "turn_ms", "few_start_ms", "few_turn_ms")
+            }
+            for piece in range(pieces):
+                numbers = range(wanted + piece * probe // pieces, wanted + (piece + 1) * probe // pieces)
+                for one, keys in fresh[:: -1 if piece % 2 else 1]:
+                    prefix = "" if one is many else "few_"
+                    costs[f"{prefix}start_ms"].append(cost_ms(one, starts("probe", numbers)))
+                    turns_asked = [chat(talk[i % 8], keys[i % 50]) for i in range(probe // pieces)]
+                    costs[f"{prefix}turn_ms"].append(cost_ms(one, turns_asked))
             live = wanted
-            # the same conversations every time, in sessions of the same age
-            turn_ms = cost_ms(target, [chat(talk[i % 8], keys[i % 50]) for i in range(probe)])
-            keys = [key for _, key in target.sessions(50)]
-            points.append({"live": wanted, "start_ms": start_ms, "turn_ms": turn_ms})
-            said(f"{wanted:7} sessions: start {start_ms:.3f} ms, turn {turn_ms:.3f} ms")
-    return grown(points, "start_ms", "turn_ms")
+            point = {name: statistics.median(found) for name, found in costs.items()}
+            for name in ("start", "turn"):
+                pairs = zip(costs[f"{name}_ms"], costs[f"few_{name}_ms"], strict=True)
+                point[f"{name}_beside_few"] = statistics.median(a / b for a, b in pairs)
+            points.append({"live": wanted} | point)
+            said(
+                f"{wanted:7} sessions: start {point['start_ms']:.3f} ms, turn {point['turn_ms']:.3f} ms; "
+                f"{point['start_beside_few']:.2f} and {point['turn_beside_few']:.2f} of those with few"
+            )
+    return grown(points, "start_beside_few", "turn_beside_few")
 
 
 def turns(quick: bool) -> dict[str, Any]:
     """A turn, in sessions that have had more and more, each time beside sessions that have had none. The
     prompt's length is the same throughout: what is asked is what the session's own length costs."""
     points, had, probe, last = [], 0, 25, 0
-    with proxy("ours") as target:
+    with alone("ours") as target:
         keys = [key for _, key in target.sessions(8)]
         talk = target.text.messages(5, 200)
 
@@ -185,7 +177,7 @@ def timed(work: Callable[[], None]) -> float:
 
 def task(quick: bool, whose: str = "ours") -> dict[str, Any]:
     """Starts of one and the same task_id."""
-    with proxy(whose) as target:
+    with alone(whose) as target:
         target.run(starts("warm", range(200)))
         points = []
         step = 250 if quick else 500
@@ -199,7 +191,7 @@ def task(quick: bool, whose: str = "ours") -> dict[str, Any]:
 def memory(quick: bool, whose: str = "ours") -> dict[str, Any]:
     """Sessions of 8 turns that grow to ~2k tokens, kept."""
     points, live = [], 0
-    with proxy(whose) as target:
+    with alone(whose) as target:
         target.run([chat(target.text.messages(5, 200), "") for _ in range(16)])
         before = load.tree_rss_bytes(target.pid)
         for wanted in (50, 100) if quick else (250, 500, 1_000):
@@ -215,8 +207,7 @@ def memory(quick: bool, whose: str = "ours") -> dict[str, Any]:
             resident = load.tree_rss_bytes(target.pid)
             point: dict[str, float] = {"sessions": wanted, "resident_mib": (resident - before) / 2**20}
             if whose == "ours":
-                health = json.loads(target.run([load.request("GET", "/health")], bodies=True).bodies[0])
-                point["arena_mib"] = arena_bytes(health["arena"]) / 2**20
+                point["arena_mib"] = target.health()["arena"]["granules_used"] * 4096 / 2**20
             points.append(point)
             said(f"{whose}: " + ", ".join(f"{name} {value:.1f}" for name, value in point.items()))
     last = points[-1]
@@ -224,23 +215,18 @@ def memory(quick: bool, whose: str = "ours") -> dict[str, Any]:
     return {"points": points, "resident_kib_a_turn": kib_a_turn}
 
 
-def arena_bytes(arena: dict[str, int]) -> int:
-    """What is in use of the arena, from /health."""
-    return arena["granules_used"] * 4096
-
-
 def idle(quick: bool, whose: str = "ours") -> dict[str, Any]:
     """A proxy that holds empty sessions while nobody asks it for anything."""
     count, seconds = (2_000, 5.0) if quick else (20_000, 20.0)
     if whose == "original":
         count = min(count, 4_000)  # its start costs more with every session
-    flags = ("--session-timeout-seconds", "36000", "--stale-session-cleanup-interval-seconds", "1")
-    with proxy(whose, *(flags if whose == "ours" else ())) as target:
+    stale = ("--session-timeout-seconds", "36000", "--stale-session-cleanup-interval-seconds", "1")
+    with alone(whose, *stale) as target:
         target.run(starts("empty", range(count)))
         time.sleep(2.0)
-        before, began = load.tree_cpu_s(target.pid), time.perf_counter()
+        before, began = target.cpu_s(), time.perf_counter()
         time.sleep(seconds)
-        used = load.tree_cpu_s(target.pid) - before
+        used = target.cpu_s() - before
         share = used / (time.perf_counter() - began)
     said(f"{whose}: {count} empty sessions idle at {100 * share:.2f} % of a core")
     return {"sessions": count, "share_of_a_core": share, "seconds": seconds}
@@ -262,27 +248,27 @@ BESIDE: dict[str, Callable[[bool, str], dict[str, Any]]] = {"task": task, "memor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = flags(__doc__)
     parser.add_argument("--part", action="append", choices=PARTS)
-    parser.add_argument("--quick", action="store_true", help="small numbers")
     parser.add_argument("--original", action="store_true", help="task, memory and idle on the original, too")
-    arguments = parser.parse_args()
-    result: dict[str, Any] = {
-        "benchmark": "growth",
-        "machine": machine.described(),
-        "quick": arguments.quick,
-        "parts": {},
-    }
-    for name in arguments.part or PARTS:
-        print(name, flush=True)
-        result["parts"][name] = {"ours": PARTS[name](arguments.quick)}
-        if arguments.original and name in BESIDE:
-            result["parts"][name]["original"] = BESIDE[name](arguments.quick, "original")
+    arguments = parsed(parser)
+    result = begun("growth", arguments, parts={})
+    step_aside()
+    runs = [
+        (name, whose)
+        for name in arguments.part or PARTS
+        for whose in ("ours", "original")
+        if whose == "ours" or (arguments.original and name in BESIDE)
+    ]
+    for number, (name, whose) in enumerate(runs, 1):
+        print(f"{number}/{len(runs)} {name}, {whose}", flush=True)
+        part = BESIDE[name](arguments.quick, whose) if name in BESIDE else PARTS[name](arguments.quick)
+        result["parts"].setdefault(name, {})[whose] = part
     for name, found in result["parts"].items():
-        ratio = found["ours"].get("ratio")
-        if ratio:
-            print(f"{name:10}", ", ".join(f"{cost} last/first {value:.2f}" for cost, value in ratio.items()))
-    print("kept in", machine.keep("growth", result).relative_to(HERE.parent))
+        for whose, part in found.items():
+            for cost, value in part.get("ratio", {}).items():
+                print(f"{name:10}{whose:9} {cost:13} last/first {value:.2f}")
+    kept(result)
 
 
 if __name__ == "__main__":

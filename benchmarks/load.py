@@ -22,9 +22,12 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Coroutine, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import uvloop
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 STALL_TIMEOUT_S = 120.0
@@ -58,54 +61,77 @@ def quantile(values: Iterable[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
-class _Connection(asyncio.Protocol):
-    """One keep-alive connection with one request outstanding. `waiter` gets (status, body)."""
+class Connection(asyncio.Protocol):
+    """One keep-alive connection with one request outstanding. `waiter` gets (status, body); the body of a 2xx
+    is counted and not kept unless that was asked for, so that 44 MB of it cost the generator little."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport
         self.waiter: asyncio.Future[tuple[int, bytes]] | None = None
-        self._buffer = bytearray()
+        self._keep = True
+        self._begin()
+
+    def _begin(self) -> None:
+        self._buffer = bytearray()  # the head, then the body
+        self._status = 0  # 0: the head is not complete
+        self._needed = 0  # bytes of body to come; -1: it is chunked
+        self._last = b""  # the last five bytes
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_exception(exc or ConnectionError("the server closed the connection"))
 
     def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        whole = self._reply()
-        if whole is not None and self.waiter is not None and not self.waiter.done():
+        if not self._status:
+            self._buffer += data
+            end = self._buffer.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            head = bytes(self._buffer[:end]).lower()
+            self._status = int(head[9:12])
+            at = head.find(b"content-length:")
+            self._needed = int(head[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else -1
+            data = bytes(self._buffer[end + 4 :])
             self._buffer.clear()
-            self.waiter.set_result(whole)
+        if self._keep or self._status >= 300:
+            self._buffer += data
+        if self._needed >= 0:
+            self._needed = max(0, self._needed - len(data))
+            whole = not self._needed
+        else:
+            self._last = (self._last + data[-5:])[-5:]
+            whole = self._last == b"0\r\n\r\n"
+        if whole and self.waiter is not None and not self.waiter.done():
+            status, body = self._status, bytes(self._buffer)
+            self._begin()
+            self.waiter.set_result((status, body))
 
-    def _reply(self) -> tuple[int, bytes] | None:
-        end = self._buffer.find(b"\r\n\r\n")
-        if end < 0:
-            return None
-        head = bytes(self._buffer[:end]).lower()
-        status, start = int(head[9:12]), end + 4
-        at = head.find(b"content-length:")
-        if at >= 0:
-            length = int(head[at + 15 :].split(b"\r\n", 1)[0])
-            return (status, bytes(self._buffer[start:])) if len(self._buffer) >= start + length else None
-        return (status, bytes(self._buffer[start:])) if self._buffer.endswith(b"0\r\n\r\n") else None
-
-    def ask(self, data: bytes) -> asyncio.Future[tuple[int, bytes]]:
+    def ask(self, data: bytes, keep: bool = True) -> asyncio.Future[tuple[int, bytes]]:
+        self._keep = keep
         self.waiter = asyncio.get_running_loop().create_future()
         self.transport.write(data)
         return self.waiter
 
 
-async def _connect(address: str, count: int) -> list[_Connection]:
+T = TypeVar("T")
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run on uvloop: half the generator's cost a request, which shares its CPU with the engine."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
+
+
+async def connect(address: str, count: int) -> list[Connection]:
     host, _, port = address.rpartition(":")
     loop = asyncio.get_running_loop()
-    return [(await loop.create_connection(_Connection, host, int(port)))[1] for _ in range(count)]
+    return [(await loop.create_connection(Connection, host, int(port)))[1] for _ in range(count)]
 
 
-def _close(connections: list[_Connection]) -> None:
+def close(connections: list[Connection]) -> None:
     for connection in connections:
         connection.transport.close()
 
@@ -125,12 +151,12 @@ async def closed(
     completion.
     """
     outcome, source = Outcome(), iter(requests)
-    pool = await _connect(address, connections)
+    pool = await connect(address, connections)
 
-    async def drive(connection: _Connection) -> None:
+    async def drive(connection: Connection) -> None:
         for data in source:
             began = time.perf_counter()
-            status, body = await asyncio.wait_for(connection.ask(data), STALL_TIMEOUT_S)
+            status, body = await asyncio.wait_for(connection.ask(data, keep_bodies), STALL_TIMEOUT_S)
             outcome.latencies.append(time.perf_counter() - began)
             _note(outcome, status, body, keep_bodies)
 
@@ -139,62 +165,79 @@ async def closed(
         await asyncio.gather(*(drive(connection) for connection in pool))
     finally:
         outcome.seconds = time.perf_counter() - began
-        _close(pool)
+        close(pool)
         await asyncio.sleep(0)  # sockets close in the loop's next turn
     return outcome
 
 
 async def conversation(
-    address: str, lives: Iterator[Generator[bytes, bytes, None]], *, connections: int
+    address: str, lives: Iterator[Generator[bytes, bytes, None]], *, connections: int, each: bool = False
 ) -> Outcome:
-    """Lives of dependent requests: each is a generator that is sent every reply's body and yields the next
-    request.
+    """Lives of dependent requests: a life is a generator that is sent every reply's body and yields the next
+    request. Latencies are those of lives or, with `each`, of requests.
     """
     outcome = Outcome()
-    pool = await _connect(address, connections)
+    pool = await connect(address, connections)
 
-    async def drive(connection: _Connection) -> None:
+    async def drive(connection: Connection) -> None:
         for life in lives:
             began = time.perf_counter()
             data = next(life, None)
             while data is not None:
                 status, answer = await asyncio.wait_for(connection.ask(data), STALL_TIMEOUT_S)
                 _note(outcome, status, answer, False)
+                if each:
+                    outcome.latencies.append(time.perf_counter() - began)
+                    began = time.perf_counter()
                 try:
                     data = life.send(answer)
                 except StopIteration:
                     data = None
-            outcome.latencies.append(time.perf_counter() - began)
+            if not each:
+                outcome.latencies.append(time.perf_counter() - began)
 
     began = time.perf_counter()
     try:
         await asyncio.gather(*(drive(connection) for connection in pool))
     finally:
         outcome.seconds = time.perf_counter() - began
-        _close(pool)
+        close(pool)
         await asyncio.sleep(0)  # sockets close in the loop's next turn
     return outcome
 
 
 async def open_loop(
-    address: str, data: bytes, *, rate: float, stop: asyncio.Event, limit_s: float, connections: int = 64
+    address: str,
+    requests: Iterator[bytes],
+    *,
+    rate: float,
+    stop: asyncio.Event,
+    limit_s: float,
+    connections: int = 64,
 ) -> Outcome:
-    """`rate` requests a second until `stop` or `limit_s`; `due` are perf_counter times, beside the latencies.
+    """`rate` of `requests` a second until `stop` or `limit_s`; `due` are perf_counter times, beside the
+    latencies.
 
     A thread of its own keeps the time: an event loop's timers are rounded to milliseconds, a sleep is not.
+    Both threads run before all others of their CPU where that is allowed (`_first`), so that what shares the
+    generator's CPU is not taken for the server's slowness.
     """
     outcome = Outcome()
-    everyone = await _connect(address, connections)
+    everyone = await connect(address, connections)
     idle = deque(everyone)
     waiting: deque[float] = deque()
     running: set[asyncio.Task[None]] = set()
     loop = asyncio.get_running_loop()
     over = threading.Event()
 
-    async def one(connection: _Connection, due: float) -> None:
+    async def one(connection: Connection, due: float) -> None:
         while True:
             outcome.lateness.append(time.perf_counter() - due)
-            status, body = await connection.ask(data)
+            try:
+                status, body = await connection.ask(next(requests), False)
+            except OSError as error:  # and this connection is no longer of use
+                _note(outcome, 0, str(error).encode(), False)
+                return
             outcome.latencies.append(time.perf_counter() - due)
             outcome.due.append(due)
             _note(outcome, status, body, False)
@@ -212,6 +255,7 @@ async def open_loop(
             waiting.append(due)
 
     def keep_time() -> None:
+        _first(True)
         number = 0
         while not over.is_set():
             due = began + number / rate
@@ -219,6 +263,7 @@ async def open_loop(
             loop.call_soon_threadsafe(fire, due)
             number += 1
 
+    _first(True)
     began = time.perf_counter()
     clock = threading.Thread(target=keep_time, daemon=True)
     clock.start()
@@ -228,10 +273,19 @@ async def open_loop(
     await asyncio.to_thread(clock.join)
     while running:
         await asyncio.wait(running, timeout=STALL_TIMEOUT_S)
+    _first(False)
     outcome.seconds = time.perf_counter() - began
-    _close(everyone)
+    close(everyone)
     await asyncio.sleep(0)
     return outcome
+
+
+def _first(yes: bool) -> None:
+    """This thread before all ordinary ones of its CPU, or again one of them (sched(7)); its children are
+    ordinary in any case. Wants CAP_SYS_NICE: without it nothing changes, and lateness tells."""
+    policy = os.SCHED_RR | os.SCHED_RESET_ON_FORK if yes else os.SCHED_OTHER
+    with contextlib.suppress(PermissionError):
+        os.sched_setscheduler(0, policy, os.sched_param(1 if yes else 0))
 
 
 def _stat(pid: int) -> tuple[int, int] | None:
@@ -257,10 +311,10 @@ def tree(root: int) -> set[int]:
 
 def tree_cpu_s(root: int) -> float:
     """CPU seconds that the process tree has used so far, user and system."""
-    return sum(_cpu_s(pid) + found[1] / TICKS_PER_S for pid in tree(root) if (found := _stat(pid)))
+    return sum(process_cpu_s(pid) + found[1] / TICKS_PER_S for pid in tree(root) if (found := _stat(pid)))
 
 
-def _cpu_s(pid: int) -> float:
+def process_cpu_s(pid: int) -> float:
     """The process's own CPU time, by its clock (clock_getcpuclockid(3); 2 is CPUCLOCK_SCHED)."""
     try:
         return time.clock_gettime(~pid << 3 | 2)

@@ -60,11 +60,35 @@ def _installed(name: str) -> bool:
     return True
 
 
+def folder(quick: bool = False) -> Path:
+    """Where results are kept; made if need be."""
+    place = RESULTS / "quick" if quick else RESULTS
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
 def keep(name: str, result: dict[str, Any]) -> Path:
-    """Write a result as benchmarks/results/NAME-DATE-COMMIT.json."""
-    RESULTS.mkdir(exist_ok=True)
+    """Write a result as benchmarks/results/NAME-DATE-COMMIT.json; a quick one in results/quick/, which git
+    ignores."""
     machine = result["machine"]
     stamp = machine["date"].replace(":", "").replace("+0000", "Z")
-    path = RESULTS / f"{name}-{stamp}-{machine['commit'].rstrip('+')}.json"
+    path = folder(bool(result.get("quick"))) / f"{name}-{stamp}-{machine['commit'].rstrip('+')}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
+
+
+def newest(name: str, quick: bool = False, **wanted: Any) -> dict[str, Any] | None:
+    """The last result of that program of whose fields these are as `wanted`, or None."""
+    found = [json.loads(path.read_text()) for path in folder(quick).glob(f"{name}-2*.json")]
+    found = [one for one in found if all(one.get(key) == value for key, value in wanted.items())]
+    return max(found, key=lambda one: str(one["machine"]["date"]), default=None)
+
+
+def filesystem(path: Path) -> str:
+    """The type of the filesystem that holds it, as the kernel names it."""
+    best, kind = "", "unknown"
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, where, its, *_ = line.split()
+        if path.resolve().is_relative_to(where) and len(where) >= len(best):
+            best, kind = where, its
+    return kind

@@ -1,6 +1,6 @@
 """Does a request cost the same with many workers as with one? CPU a request and throughput by workers.
 
-    python benchmarks/scaling.py [--workers 1 --workers 2 …] [--rounds 3] [--quick]
+    python -m benchmarks scaling [--workers 1 --workers 2 …] [--rounds 3] [--quick]
 
 A proxy for every number of workers is up for the whole run; each round measures a scenario on all of them in
 turn, by CPU milliseconds a request of the process tree, with as many connections a worker. Workers run on as
@@ -11,49 +11,34 @@ request costs more with more workers, because they push each other out of the ca
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import statistics
-import sys
-from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "wire"), str(HERE.parent / "tests")]
-
-import load  # noqa: E402
-import machine  # noqa: E402
-from proxy import ours  # noqa: E402
-from scenarios import SCENARIOS, Target, Text, engine, tokenizer_folder  # noqa: E402
+from benchmarks import load
+from benchmarks.command import Progress, begun, flags, kept, parsed
+from benchmarks.scenarios import SCENARIOS
+from benchmarks.targets import USABLE, Target, engine, place, proxy
 
 NAMES = ("health", "start_session", "chat_short", "set_reward", "export")
 CONNECTIONS = 32
 """A worker."""
 
 
-def place(target: Target, cpus: list[int]) -> None:
-    """The whole tree on these CPUs."""
-    for pid in load.tree(target.pid):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(int(task.name), cpus)
-
-
 def run(numbers: list[int], rounds: int, quick: bool) -> dict[str, Any]:
-    usable = sorted(os.sched_getaffinity(0))
-    shared = len(usable) < max(numbers) + 2
+    shared = len(USABLE) < max(numbers) + 2
     measured: dict[str, dict[int, list[dict[str, float]]]] = {name: {} for name in NAMES}
+    if not shared:
+        os.sched_setaffinity(0, USABLE[: -max(numbers)])
     with contextlib.ExitStack() as stack:
         backend = stack.enter_context(engine())
-        targets = {}
+        targets: dict[int, Target] = {}
         for number in numbers:
-            arena = ("--arena-max-bytes", "512M")
-            one = stack.enter_context(ours(backend, tokenizer_folder(), arena, workers=number))
-            targets[number] = Target(f"{number} workers", one.address, one.pid, Text(number))
-            place(targets[number], usable if shared else usable[-number:])
-        if not shared:
-            os.sched_setaffinity(0, usable[: -max(numbers)])
+            one = proxy("ours", backend, "--arena-max-bytes", "512M", workers=number, seed=number)
+            targets[number] = stack.enter_context(one)
+            place(load.tree(targets[number].pid), USABLE if shared else USABLE[-number:])
+        said = Progress(rounds * len(NAMES) * len(numbers))
         for turn in range(rounds):
             for name in NAMES:
                 for number in numbers if turn % 2 == 0 else numbers[::-1]:
@@ -63,18 +48,17 @@ def run(numbers: list[int], rounds: int, quick: bool) -> dict[str, Any]:
                     count = max(connections, count // (10 if quick else 2))
                     prepared = prepare(target, count)
                     assert not callable(prepared)
-                    before = load.tree_cpu_s(target.pid)
+                    before = target.cpu_s()
                     outcome = target.run(prepared, connections=connections)
                     point = {
-                        "cpu_ms": 1000 * (load.tree_cpu_s(target.pid) - before) / count,
+                        "cpu_ms": 1000 * (target.cpu_s() - before) / count,
                         "per_second": count / outcome.seconds,
                         "p99_ms": 1000 * load.quantile(outcome.latencies, 0.99),
                     }
                     measured[name].setdefault(number, []).append(point)
-                    print(
-                        f"round {turn + 1}/{rounds} {name:14} {number} workers {point['cpu_ms']:7.3f} ms CPU "
-                        f"{point['per_second']:8.0f}/s",
-                        flush=True,
+                    said(
+                        f"{name:14} {number} workers {point['cpu_ms']:7.3f} ms CPU "
+                        f"{point['per_second']:8.0f}/s"
                     )
     first = numbers[0]
     return {
@@ -98,23 +82,20 @@ def run(numbers: list[int], rounds: int, quick: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = flags(__doc__)
     parser.add_argument("--workers", type=int, action="append")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the requests")
-    arguments = parser.parse_args()
-    cpus = len(os.sched_getaffinity(0))
-    most = max(2, min(8, cpus - 2))
+    arguments = parsed(parser)
+    most = max(2, min(8, len(USABLE) - 2))
     numbers = arguments.workers or sorted({1, 2, *(n for n in (4, 5, 8) if n <= most)})
-    result: dict[str, Any] = {"benchmark": "scaling", "machine": machine.described()}
-    result |= run(numbers, arguments.rounds, arguments.quick)
+    result = begun("scaling", arguments) | run(numbers, arguments.rounds, arguments.quick)
     print(f"{'CPU ms a request':16}" + "".join(f"{n:>4} workers     " for n in numbers))
     for name, by_number in result["scenarios"].items():
         cells = [f"{one['cpu_ms']:8.3f} ({one['cpu_ratio']:.2f}x)" for one in by_number.values()]
         print(f"{name:16}" + " ".join(cells))
     if result["shared_cpus"]:
         print("all workers shared CPUs: throughput by workers means nothing here")
-    print("kept in", machine.keep("scaling", result).relative_to(HERE.parent))
+    kept(result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Does anything grow while a proxy is simply used for long? Churning sessions at 80 % of what it can do.
 
-    SOAK_SECONDS=1800 python benchmarks/soak.py [--workers 2]
+    SOAK_SECONDS=1800 python -m benchmarks soak [--workers 2]
 
 Sessions live whole lives: start, growing chats, reward, export, fetch, clear. Every eighth is left in the
 middle, goes stale and is dumped (the dumps are deleted as they come). First the proxy is driven as hard as it
@@ -16,7 +16,6 @@ granules), what it does is not (latency).
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -29,13 +28,12 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "wire"), str(HERE.parent / "tests")]
+from proxy import ours
 
-import load  # noqa: E402
-import machine  # noqa: E402
-from proxy import ours  # noqa: E402
-from scenarios import ADMIN, Target, Text, chat, engine, tokenizer_folder  # noqa: E402
+from benchmarks import load
+from benchmarks.command import begun, flags, kept, parsed
+from benchmarks.scenarios import chat
+from benchmarks.targets import ADMIN, Target, Text, engine, tokenizer_folder
 
 WINDOWS = 24
 SHARE = 0.8
@@ -85,7 +83,7 @@ class Driver:
         self.done = 0
         self.behind = 0
 
-    async def _live(self, connection: load._Connection) -> None:
+    async def _live(self, connection: load.Connection) -> None:
         self._number += 1
         steps, reply = life(self._number), b""
         data = next(steps, None)
@@ -104,28 +102,28 @@ class Driver:
 
     async def flat_out(self, seconds: float) -> float:
         """Lives a second, as many as go."""
-        pool = await load._connect(self._target.address, CONNECTIONS)
+        pool = await load.connect(self._target.address, CONNECTIONS)
         before, began = self.done, time.perf_counter()
 
-        async def drive(connection: load._Connection) -> None:
+        async def drive(connection: load.Connection) -> None:
             while time.perf_counter() - began < seconds:
                 await self._live(connection)
 
         await asyncio.gather(*map(drive, pool))
         took = time.perf_counter() - began
-        load._close(pool)
+        load.close(pool)
         return (self.done - before) / took
 
     async def at_rate(self, rate: float, seconds: float) -> None:
         """Lives begin `rate` times a second, whoever is still alive; those that find no connection free are
         counted in `behind` and begin when there is one."""
-        pool = await load._connect(self._target.address, CONNECTIONS)
-        free: asyncio.Queue[load._Connection] = asyncio.Queue()
+        pool = await load.connect(self._target.address, CONNECTIONS)
+        free: asyncio.Queue[load.Connection] = asyncio.Queue()
         for connection in pool:
             free.put_nowait(connection)
         running: set[asyncio.Task[None]] = set()
 
-        async def one(connection: load._Connection) -> None:
+        async def one(connection: load.Connection) -> None:
             try:
                 await self._live(connection)
             finally:
@@ -143,7 +141,7 @@ class Driver:
             if time.perf_counter() > began + seconds:
                 break
         await asyncio.gather(*running)
-        load._close(pool)
+        load.close(pool)
 
 
 def descriptors(root: int) -> int:
@@ -158,7 +156,7 @@ def descriptors(root: int) -> int:
 
 
 def sample(target: Target, driver: Driver) -> dict[str, float]:
-    health = json.loads(target.run([load.request("GET", "/health")], bodies=True).bodies[0])
+    health = target.health()
     chats, driver.chats = driver.chats, []
     return {
         "resident_mib": load.tree_rss_bytes(target.pid) / 2**20,
@@ -185,7 +183,7 @@ def verdict(windows: list[dict[str, float]]) -> list[str]:
 
 def soak(seconds: float, workers: int) -> dict[str, Any]:
     dumps = Path(tempfile.mkdtemp(prefix="areal_fast-soak-"))
-    flags = [
+    settings = [
         "--session-timeout-seconds", str(SESSION_TIMEOUT_S),
         "--stale-session-cleanup-interval-seconds", "0.5",
         "--stale-session-dump-path", str(dumps),
@@ -196,15 +194,15 @@ def soak(seconds: float, workers: int) -> dict[str, Any]:
     try:
         with contextlib.ExitStack() as stack:
             backend = stack.enter_context(engine())
-            server = stack.enter_context(ours(backend, tokenizer_folder(), flags, workers=workers))
+            server = stack.enter_context(ours(backend, tokenizer_folder(), settings, workers=workers))
             target = Target("ours", server.address, server.pid, Text(12))
             driver = Driver(target)
-            full = asyncio.run(driver.flat_out(min(10.0, seconds / 10)))
+            full = load.run(driver.flat_out(min(10.0, seconds / 10)))
             driver.chats.clear()
             rate = max(0.5, SHARE * full)
             print(f"{full:.1f} lives a second flat out; soaking at {rate:.1f} for {seconds:g} s", flush=True)
             for number in range(WINDOWS):
-                asyncio.run(driver.at_rate(rate, seconds / WINDOWS))
+                load.run(driver.at_rate(rate, seconds / WINDOWS))
                 for path in list(dumps.iterdir()):
                     if path.suffix == ".json":
                         path.unlink()
@@ -226,17 +224,17 @@ def soak(seconds: float, workers: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = flags(__doc__)
     parser.add_argument("--seconds", type=float, default=float(os.environ.get("SOAK_SECONDS", 1800)))
     parser.add_argument("--workers", type=int, default=2)
-    arguments = parser.parse_args()
-    result = {"benchmark": "soak", "machine": machine.described()} | vars(arguments)
+    arguments = parsed(parser)
+    result = begun("soak", arguments, seconds=arguments.seconds, workers=arguments.workers)
     result |= soak(arguments.seconds, arguments.workers)
     for line in result["grew"]:
         print(line)
     print(f"{result['lives']} lives, {result['dump_files']} dumps; grew: {result['grew'] or 'nothing'}")
     if arguments.seconds >= 300:
-        print("kept in", machine.keep("soak", result).relative_to(HERE.parent))
+        kept(result)
     return 1 if result["grew"] else 0
 
 
