@@ -145,7 +145,7 @@ def scaling(result: Result) -> Iterator[Row]:
     for name, by_number in result["scenarios"].items():
         most = max(by_number, key=int)
         ratio = by_number[most]["cpu_ratio"]
-        note = "workers shared CPUs: an upper bound" if result["shared_cpus"] else ""
+        note = "workers shared a CPU: an upper bound" if result["shared_cpus"] else ""
         met = True if ratio <= WORKERS else None if result["shared_cpus"] else False
         yield Row(
             f"{name} with {most} workers over one, CPU", f"≤ {WORKERS:g}×", f"{ratio:.2f}×", met, note=note

@@ -28,10 +28,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from areal_fast.client import Client, DeviceArray
 from areal_fast.config import cuda_library
@@ -64,6 +61,7 @@ def main() -> int:
     sizes = FAKE_SIZES if flags.fake else SIZES
     pool = max(4 * sizes[-1], 64 << 20)
     result: dict[str, Any] = {
+        "benchmark": "gpu",
         "machine": machine.described(),
         "gpu": {"name": driver.name(0), "driver": driver.version, "fake": flags.fake},
         "rounds": flags.rounds,

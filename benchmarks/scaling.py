@@ -5,21 +5,21 @@
 A proxy for every number of workers is up for the whole run; each round measures a scenario on all of them in
 turn, by CPU milliseconds a request of the process tree, with as many connections a worker. Workers run on as
 many CPUs as there are of them, where the machine has those and two more for engine and generator. On a
-smaller one everything shares all CPUs (`shared_cpus` in the result): throughput then says nothing, and a
-request costs more with more workers, because they push each other out of the caches.
+smaller one all workers share the last CPU (`shared_cpus` in the result), engine and generator have the
+others: throughput then says nothing, and a request costs more with more workers, because they push each other
+out of the caches and find less to do each time they wake: an upper bound.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import statistics
 from typing import Any
 
 from benchmarks import load
 from benchmarks.command import Progress, begun, flags, kept, parsed
 from benchmarks.scenarios import SCENARIOS
-from benchmarks.targets import USABLE, Target, engine, place, proxy
+from benchmarks.targets import USABLE, Target, engine, place, proxy, step_aside
 
 NAMES = ("health", "start_session", "chat_short", "set_reward", "export")
 CONNECTIONS = 32
@@ -29,15 +29,14 @@ CONNECTIONS = 32
 def run(numbers: list[int], rounds: int, quick: bool) -> dict[str, Any]:
     shared = len(USABLE) < max(numbers) + 2
     measured: dict[str, dict[int, list[dict[str, float]]]] = {name: {} for name in NAMES}
-    if not shared:
-        os.sched_setaffinity(0, USABLE[: -max(numbers)])
+    step_aside(1 if shared else max(numbers))
     with contextlib.ExitStack() as stack:
         backend = stack.enter_context(engine())
         targets: dict[int, Target] = {}
         for number in numbers:
             one = proxy("ours", backend, "--arena-max-bytes", "512M", workers=number, seed=number)
             targets[number] = stack.enter_context(one)
-            place(load.tree(targets[number].pid), USABLE if shared else USABLE[-number:])
+            place(load.tree(targets[number].pid), USABLE[-1:] if shared else USABLE[-number:])
         said = Progress(rounds * len(NAMES) * len(numbers))
         for turn in range(rounds):
             for name in NAMES:
@@ -94,7 +93,7 @@ def main() -> None:
         cells = [f"{one['cpu_ms']:8.3f} ({one['cpu_ratio']:.2f}x)" for one in by_number.values()]
         print(f"{name:16}" + " ".join(cells))
     if result["shared_cpus"]:
-        print("all workers shared CPUs: throughput by workers means nothing here")
+        print("all workers shared a CPU: throughput by workers means nothing here")
     kept(result)
 
 

@@ -1,12 +1,14 @@
 """Shards by each way, in and out, beside AReaL 1.0.4's own JSON, a bare loopback socket, and memcpy.
 
-    python -m benchmarks.shard_ways [--count 32] [--bytes 1048576] [--rounds 5] [--repeat 6] [--original]
+    python -m benchmarks shard_ways [--count 32] [--bytes 1048576] [--rounds 5] [--repeat 6] [--original]
 
 One batch of `count` shards is put and fetched by every way, in turns, from a proxy with one worker on this
 machine; each round takes every way once, every second round in the other order. For each way: bytes a second
-as the client sees them, and CPU seconds a GiB of the proxy's whole process tree and of the client. "socket"
-is what the loopback carries between two processes that do nothing else: one sends a block of memory, the
-other receives into one; its "proxy" is the sender. A ratio is taken within a round.
+as the client sees them, and CPU seconds a GiB of the proxy's whole process tree and of the client; and the
+same a shard. "socket" is what the loopback carries between two processes that do nothing else: one, on the
+proxy's CPU, sends a block of memory, the other receives into one. A ratio is taken within a round. Mapping,
+which should cost the same whatever is mapped, is also measured on shards of a sixteenth and of 16 times that
+size.
 
 Clients receive into memory that is there already, as the loopback's does. JSON is not decoded here, and a
 mapped shard is not read: what a reader does with its bytes is the reader's, whatever the way. --original
@@ -22,64 +24,74 @@ import http.client
 import json
 import os
 import socket
-import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import Any
 
 from areal_fast.shards import raw
 from areal_fast.shards.description import describe
 from areal_fast.shards.local import LocalShards
-from benchmarks.machine import described
-from tests.e2e.running import ROOT, Proxy, descendants
-
-sys.path.insert(0, str(ROOT / "tests" / "wire"))
+from benchmarks import load
+from benchmarks.command import Progress, begun, flags, kept, parsed, spread
+from benchmarks.targets import USABLE, Target, engine, place, proxy, step_aside
 
 GIB = 1 << 30
 JSON_TYPE = {"content-type": "application/json"}
 Act = Callable[[], object]
 
 
-def tree_cpu_s(pid: int) -> float:
-    """CPU seconds of a process and its descendants so far, of the threads that there are; 0 of none."""
-    total = 0.0
-    for one in (pid, *descendants(pid)) if pid else ():
-        try:
-            for task in Path(f"/proc/{one}/task").iterdir():
-                total += int((task / "schedstat").read_text().split()[0]) / 1e9
-        except OSError:
-            continue
-    return total
-
-
 class Way:
-    """How one batch goes: `act`, after `once` a round and `before` each time. rounds: (bytes a second, CPU s
-    a GiB of the tree of `pid`, the same of this process)."""
+    """How one batch of `count` shards, `nbytes` in all, goes: `act`, after `once` a round and `before` each
+    time. rounds: seconds a batch, CPU s of the tree of `pid`, the same of this process."""
 
-    def __init__(self, act: Act, pid: int, *, once: Act | None = None, before: Act | None = None) -> None:
+    def __init__(
+        self,
+        act: Act,
+        pid: int,
+        nbytes: int,
+        count: int,
+        *,
+        once: Act | None = None,
+        before: Act | None = None,
+    ) -> None:
         self.act = act
         self.pid = pid
+        self.nbytes = nbytes
+        self.count = count
         self.once = once
         self.before = before
         self.rounds: list[tuple[float, float, float]] = []
 
-    def measure(self, nbytes: int, repeat: int) -> None:
+    def measure(self, repeat: int) -> None:
         wall = cpu = own = 0.0
         if self.once is not None:
             self.once()
         for _ in range(repeat):
             if self.before is not None:
                 self.before()
-            cpu -= tree_cpu_s(self.pid)
+            cpu -= load.tree_cpu_s(self.pid) if self.pid else 0.0
             own -= time.process_time()
             wall -= time.perf_counter()
             self.act()
             wall += time.perf_counter()
             own += time.process_time()
-            cpu += tree_cpu_s(self.pid)
-        moved = nbytes * repeat
-        self.rounds.append((moved / wall, cpu * GIB / moved, own * GIB / moved))
+            cpu += load.tree_cpu_s(self.pid) if self.pid else 0.0
+        self.rounds.append((wall / repeat, cpu / repeat, own / repeat))
+
+    def found(self, socket: Way) -> dict[str, Any]:
+        """Of its rounds, beside the socket's."""
+        wall, cpu, own = zip(*self.rounds, strict=True)
+        rates = [self.nbytes / one for one in wall]
+        base = [socket.nbytes / one for one, _, _ in socket.rounds]
+        return {
+            "mb_s": spread(rate / 1e6 for rate in rates),
+            "of_socket": spread(rate / other for rate, other in zip(rates, base, strict=True)),
+            "proxy_s_a_gib": spread(one * GIB / self.nbytes for one in cpu),
+            "client_s_a_gib": spread(one * GIB / self.nbytes for one in own),
+            "us_a_shard": spread(1e6 * one / self.count for one in wall),
+            "proxy_us_a_shard": spread(1e6 * one / self.count for one in cpu),
+            "client_us_a_shard": spread(1e6 * one / self.count for one in own),
+        }
 
 
 @contextlib.contextmanager
@@ -110,8 +122,8 @@ def loopback(nbytes: int) -> Iterator[tuple[int, Act]]:
 class Http:
     """One kept connection; replies go into one buffer."""
 
-    def __init__(self, port: int, nbytes: int) -> None:
-        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    def __init__(self, address: str, nbytes: int) -> None:
+        self.connection = http.client.HTTPConnection(address, timeout=300)
         self._into = memoryview(bytearray(2 * nbytes + (1 << 20)))
 
     def ask(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> int:
@@ -156,7 +168,7 @@ class Http:
 
 
 def our_ways(
-    proxy: Proxy, local: LocalShards, over: Http, ids: list[str], blocks: list[bytes]
+    target: Target, local: LocalShards, over: Http, ids: list[str], blocks: list[bytes]
 ) -> dict[str, Way]:
     """By name."""
     json_ways = over.ways(ids, blocks)
@@ -164,10 +176,7 @@ def our_ways(
     layout = raw.lay_out([(shard_id, what) for shard_id in ids])
     file = layout.header + b"".join(blocks)
     listed = json.dumps({"shard_ids": ids}).encode()
-
-    def put_files() -> None:
-        for shard_id, block in zip(ids, blocks, strict=True):
-            local.put_bytes(shard_id, what, block)
+    nbytes, count = sum(map(len, blocks)), len(blocks)
 
     def put_raw() -> None:
         over.ask("PUT", "/data/batch", file, {"content-type": raw.MEDIA_TYPE})
@@ -175,89 +184,105 @@ def our_ways(
     def get_raw() -> None:
         over.ask("POST", "/data/batch", listed, {**JSON_TYPE, "accept": raw.MEDIA_TYPE})
 
-    def map_all() -> None:
-        local.map(ids)
+    def way(act: Act, *, once: Act | None = None, before: Act | None = None) -> Way:
+        return Way(act, target.pid, nbytes, count, once=once, before=before)
 
-    pid, clear = proxy.pid, json_ways["clear"]
+    put_files, map_all, clear = by_file(local, ids, blocks), lambda: local.map(ids), json_ways["clear"]
     return {
-        "put raw": Way(put_raw, pid, before=clear),
-        "put json": Way(json_ways["put"], pid, before=clear),
-        "put by file": Way(put_files, pid, before=clear),
-        "get raw": Way(get_raw, pid, once=put_raw),
-        "get raw of files": Way(get_raw, pid, once=put_files),
-        "get json": Way(json_ways["get"], pid, once=put_raw),
-        "map files": Way(map_all, pid, once=put_files),
-        "map after a raw put": Way(map_all, pid, before=put_raw),
+        "put raw": way(put_raw, before=clear),
+        "put json": way(json_ways["put"], before=clear),
+        "put by file": way(put_files, before=clear),
+        "get raw": way(get_raw, once=put_raw),
+        "get raw of files": way(get_raw, once=put_files),
+        "get json": way(json_ways["get"], once=put_raw),
+        "map files": way(map_all, once=put_files),
+        "map after a raw put": way(map_all, before=put_raw),
     }
 
 
-def show(ways: dict[str, Way], nbytes: int, count: int) -> None:
+def by_file(local: LocalShards, ids: list[str], blocks: list[bytes]) -> Act:
+    what = describe("float32", (len(blocks[0]) // 4,))
+
+    def put() -> None:
+        for shard_id, block in zip(ids, blocks, strict=True):
+            local.put_bytes(shard_id, what, block)
+
+    return put
+
+
+def maps_of(target: Target, local: LocalShards, count: int, size: int) -> Way:
+    """Mapping of shards of another size."""
+    ids, blocks = [f"of-{size}-{i}" for i in range(count)], [os.urandom(size)] * count
+    return Way(lambda: local.map(ids), target.pid, size * count, count, once=by_file(local, ids, blocks))
+
+
+def table(ways: dict[str, dict[str, Any]]) -> str:
     """A line a way: medians, and extremes of what is compared."""
-    base = [rate for rate, _, _ in ways["socket"].rounds]
-    print(
-        f"{'way':22}{'MB/s':>8}{'of the socket':>22}{'proxy s/GiB':>24}{'client s/GiB':>14}{'us a shard':>12}"
-    )
-    for name, way in ways.items():
-        rates, cpus, owns = zip(*way.rounds, strict=True)
-        ratios = [rate / other for rate, other in zip(rates, base, strict=True)]
-        print(
-            f"{name:22}{statistics.median(rates) / 1e6:8.0f}"
-            f"{statistics.median(ratios):8.2f} [{min(ratios):5.2f},{max(ratios):6.2f}]"
-            f"{statistics.median(cpus):9.3f} [{min(cpus):.3f}, {max(cpus):.3f}]"
-            f"{statistics.median(owns):13.3f}{nbytes / count / statistics.median(rates) * 1e6:12.0f}"
+    lines = [
+        f"{'way':22}{'MB/s':>8}{'of the socket':>22}{'proxy s/GiB':>24}{'client':>8}{'µs a shard, CPU':>24}"
+    ]
+    for name, one in ways.items():
+        share, cpu = one["of_socket"], one["proxy_s_a_gib"]
+        both = one["proxy_us_a_shard"]["median"] + one["client_us_a_shard"]["median"]
+        lines.append(
+            f"{name:22}{one['mb_s']['median']:8.0f}"
+            f"{share['median']:8.2f} [{share['min']:5.2f},{share['max']:6.2f}]"
+            f"{cpu['median']:9.3f} [{cpu['min']:.3f}, {cpu['max']:.3f}]"
+            f"{one['client_s_a_gib']['median']:8.3f}{one['us_a_shard']['median']:14.0f}{both:10.0f}"
         )
+    return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--count", type=int, default=32)
-    parser.add_argument("--bytes", type=int, default=1 << 20)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeat", type=int, default=6)
-    parser.add_argument("--original", action="store_true")
-    options = parser.parse_args()
+def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     ids = [f"shard-{i}" for i in range(options.count)]
     blocks = [os.urandom(options.bytes) for _ in ids]
     nbytes = options.count * options.bytes
+    step_aside()
     with contextlib.ExitStack() as stack:
         sender, fetch = stack.enter_context(loopback(nbytes))
+        place([sender], USABLE[-1:])
         into, block = memoryview(bytearray(nbytes)), os.urandom(nbytes)
         ways = {
-            "socket": Way(fetch, sender),
-            "memcpy": Way(lambda: into.__setitem__(slice(None), block), 0),
+            "socket": Way(fetch, sender, nbytes, options.count),
+            "memcpy": Way(lambda: into.__setitem__(slice(None), block), 0, nbytes, options.count),
         }
-        flags = (
-            "--arena-max-bytes",
-            str(max(256 << 20, 4 * nbytes)),
-            "--max-body-bytes",
-            str(2 * nbytes + (64 << 20)),
-        )
-        proxy = stack.enter_context(Proxy(*flags, workers=1, log_level="warning"))
-        local = stack.enter_context(LocalShards(proxy.ask("GET", "/data/ways").json["local"]))
-        ways |= our_ways(proxy, local, Http(proxy.port, nbytes), ids, blocks)
+        room = ("--arena-max-bytes", str(max(256 << 20, 4 * nbytes) + 17 * nbytes))
+        room += ("--max-body-bytes", str(2 * nbytes + (64 << 20)))
+        backend = stack.enter_context(engine())
+        target = stack.enter_context(proxy("ours", backend, *room))
+        local = stack.enter_context(LocalShards(target.ask("/data/ways")["local"]))
+        ways |= our_ways(target, local, Http(target.address, nbytes), ids, blocks)
+        for size in (options.bytes // 16, options.bytes * 16):
+            ways[f"map files, {size >> 10} KiB"] = maps_of(target, local, options.count, size)
         if options.original:
-            from areal_env import areal_python
-            from proxy import original
-
-            from benchmarks.scenarios import tokenizer_folder
-
-            server = stack.enter_context(
-                original(
-                    areal_python(),
-                    f"http://{proxy.health()['backend'].removeprefix('http://')}",
-                    tokenizer_folder(),
-                )
-            )
-            json_ways = Http(int(server.address.rpartition(":")[2]), nbytes).ways(ids, blocks)
-            pid = server.pid
-            ways["original: put json"] = Way(json_ways["put"], pid, before=json_ways["clear"])
-            ways["original: get json"] = Way(json_ways["get"], pid, once=json_ways["put"])
+            theirs = stack.enter_context(proxy("original", backend))
+            acts = Http(theirs.address, nbytes).ways(ids, blocks)
+            put = Way(acts["put"], theirs.pid, nbytes, options.count, before=acts["clear"])
+            get = Way(acts["get"], theirs.pid, nbytes, options.count, once=acts["put"])
+            ways |= {"original: put json": put, "original: get json": get}
+        said = Progress(options.rounds * len(ways))
         for i in range(options.rounds):
-            for way in list(ways.values())[:: -1 if i % 2 else 1]:
-                way.measure(nbytes, options.repeat)
-    print(json.dumps(described()))
+            for name, way in list(ways.items())[:: -1 if i % 2 else 1]:
+                way.measure(options.repeat)
+                said(f"{name:22}{way.nbytes / way.rounds[-1][0] / 1e6:10.0f} MB/s")
+        return {name: way.found(ways["socket"]) for name, way in ways.items()}
+
+
+def main() -> None:
+    parser = flags(__doc__)
+    parser.add_argument("--count", type=int, default=32)
+    parser.add_argument("--bytes", type=int, default=1 << 20, help="of a shard")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=6)
+    parser.add_argument("--original", action="store_true")
+    options = parsed(parser)
+    if options.quick:
+        options.rounds, options.repeat = min(options.rounds, 2), 1
+    result = begun("shard_ways", options, count=options.count, bytes=options.bytes)
+    result["ways"] = run(options)
     print(f"{options.count} shards of {options.bytes} bytes, {options.rounds} rounds: median [extremes]")
-    show(ways, nbytes, options.count)
+    print(table(result["ways"]))
+    kept(result)
 
 
 if __name__ == "__main__":

@@ -86,15 +86,18 @@ class Target:
         replies = [json.loads(body)["sessions"][0] for body in self.run(starts, bodies=True).bodies]
         return [(reply["session_id"], reply["session_api_key"]) for reply in replies]
 
-    def health(self) -> dict[str, Any]:
-        """GET /health, over a connection of its own."""
+    def ask(self, path: str) -> dict[str, Any]:
+        """What GET of that path answers, over a connection of its own."""
         connection = http.client.HTTPConnection(self.address, timeout=60)
         try:
-            connection.request("GET", "/health")
+            connection.request("GET", path)
             found: dict[str, Any] = json.loads(connection.getresponse().read())
             return found
         finally:
             connection.close()
+
+    def health(self) -> dict[str, Any]:
+        return self.ask("/health")
 
     def cpu_s(self) -> float:
         """CPU seconds of the whole tree so far."""

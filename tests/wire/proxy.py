@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import os
 import signal
 import socket
 import subprocess
@@ -18,6 +17,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import areal_env
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 240.0
@@ -39,14 +40,14 @@ class Server:
         self.url = f"http://{self.address}"
         # lives as long as the server, closed by stop()
         self._log = tempfile.NamedTemporaryFile("w+", prefix="areal_fast-test-", suffix=".log")  # noqa: SIM115
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             [str(part) for part in command],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             cwd=CHECKOUT,
-            env=environment,
+            # compiled files are allowed: AReaL's imports are slow without
+            env=areal_env.environment(PYTHONUNBUFFERED="1"),
         )
         try:
             self._wait(ready_path)

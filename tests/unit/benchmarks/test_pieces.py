@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
-import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
-
-import load
-import per_request
-import scaling
-import soak
+from benchmarks import load, per_request, soak, targets
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -80,14 +74,59 @@ def test_the_open_loop_charges_a_stall_to_all_that_were_due_during_it() -> None:
                 writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
 
         async def use(address: str) -> load.Outcome:
-            request = load.request("GET", "/")
-            return await load.open_loop(address, request, rate=50, stop=stop, limit_s=60, connections=4)
+            requests = itertools.repeat(load.request("GET", "/"))
+            return await load.open_loop(address, requests, rate=50, stop=stop, limit_s=60, connections=4)
 
         return await _beside(serve, use)
 
     outcome = asyncio.run(run())
     stalled = sorted(zip(outcome.due, outcome.latencies, strict=True))[:4]
     assert [latency for _, latency in stalled] == sorted((latency for _, latency in stalled), reverse=True)
+
+
+def test_a_connection_that_breaks_in_the_open_loop_is_a_failure() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+        await writer.wait_closed()
+
+    async def use(address: str) -> load.Outcome:
+        requests = itertools.repeat(load.request("GET", "/"))
+        return await load.open_loop(
+            address, requests, rate=200, stop=asyncio.Event(), limit_s=0.2, connections=1
+        )
+
+    outcome = asyncio.run(_beside(serve, use))
+    assert outcome.failures and not outcome.latencies
+    with pytest.raises(SystemExit):
+        targets.checked(outcome)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_reply_ends_where_it_ends_however_it_is_cut(keep: bool) -> None:
+    """Content-Length and chunks, a byte at a time; a body that is not wanted is not kept, a failure's is."""
+    lengthy = b"HTTP/1.1 200 OK\r\ncontent-length: 7\r\n\r\n0\r\n\r\nab"
+    chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
+    bad = b"HTTP/1.1 404 No\r\ncontent-length: 2\r\n\r\nno"
+
+    async def replies() -> list[tuple[int, bytes]]:
+        connection, found = load.Connection(), []
+        connection.transport = NoTransport()  # type: ignore[assignment]
+        for reply in (lengthy, chunked, bad):
+            waiter = connection.ask(b"", keep)
+            for at in range(len(reply)):
+                assert not waiter.done()
+                connection.data_received(reply[at : at + 1])
+            found.append(waiter.result())
+        return found
+
+    bodies = [b"0\r\n\r\nab", b"2\r\nok\r\n0\r\n\r\n"] if keep else [b"", b""]
+    assert asyncio.run(replies()) == [(200, bodies[0]), (200, bodies[1]), (404, b"no")]
+
+
+class NoTransport:
+    def write(self, data: bytes) -> None:
+        pass
 
 
 def test_cpu_of_a_tree_grows_with_work() -> None:
@@ -108,7 +147,8 @@ def test_ratios_are_taken_within_rounds() -> None:
     mine = [{"cpu_ms": 1.0, "per_second": 100.0}, {"cpu_ms": 2.0, "per_second": 50.0}]
     theirs = [{"cpu_ms": 10.0, "per_second": 10.0}, {"cpu_ms": 20.0, "per_second": 5.0}]
     found = per_request.ratios({"ours": mine, "original": theirs}, "original")
-    assert found == {"cpu": 10.0, "cpu_min": 10.0, "cpu_max": 10.0, "per_second": 10.0}
+    cpu = {"cpu": 10.0, "cpu_min": 10.0, "cpu_max": 10.0}
+    assert found == cpu | {"per_second": 10.0, "per_second_min": 10.0, "per_second_max": 10.0}
     assert per_request.ratios({"ours": mine}, "original") == {}
 
 
@@ -152,8 +192,7 @@ def test_a_life_of_the_soak_ends_or_is_abandoned() -> None:
 def test_workers_are_placed_where_they_are_told() -> None:
     before = os.sched_getaffinity(0)
     try:
-        me = scaling.Target("me", "127.0.0.1:1", os.getpid(), scaling.Text(1))
-        scaling.place(me, [min(before)])
+        targets.place([os.getpid()], [min(before)])
         assert os.sched_getaffinity(0) == {min(before)}
     finally:
         os.sched_setaffinity(0, before)
