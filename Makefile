@@ -106,7 +106,7 @@ areal: build ## under the released AReaL's controller, guard, gateway and router
 	@$(PY) tests/wire/areal_env.py
 	$(PY) -m pytest -q -m areal tests/e2e tests/wire $(ARGS)
 
-bench: build ## benchmarks/ and their plots, half an hour beside the original; ARGS=--quick: small numbers
+bench: build ## all of benchmarks/ beside the original, plots, a verdict a goal: half an hour; ARGS=--quick: small numbers
 	@$(PY) tests/wire/areal_env.py
 	$(PY) -m benchmarks $(ARGS)
 
