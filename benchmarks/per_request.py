@@ -184,7 +184,7 @@ def table(result: dict[str, Any]) -> str:
     """For a terminal: a line a scenario and proxy, then the floors."""
     lines = [
         f"{'':18}{'':9} {'CPU ms a request':>26} {'/s':>7} {'p50':>8} {'p99':>8} {'p99.9 ms':>8} "
-        f"{'MiB':>6}  CPU, times ours  requests/s, ours over it"
+        f"{'MiB':>6}  CPU, times ours      requests/s, ours over it"
     ]
     for name, by_target in result["scenarios"].items():
         for who, one in by_target.items():
@@ -194,7 +194,7 @@ def table(result: dict[str, Any]) -> str:
             if found and found["cpu"]:
                 tail = f"{found['cpu']:.1f}× [{found['cpu_min']:.1f}, {found['cpu_max']:.1f}]"
                 speed = [found[key] for key in ("per_second", "per_second_min", "per_second_max")]
-                tail = f"{tail:17}{speed[0]:.1f}× [{speed[1]:.1f}, {speed[2]:.1f}]"
+                tail = f"{tail:21}{speed[0]:.1f}× [{speed[1]:.1f}, {speed[2]:.1f}]"
             lines.append(
                 f"{name:18}{who:9} {cpu:>26} {one['per_second']:7.0f} {one['p50_ms']:8.2f} "
                 f"{one['p99_ms']:8.2f} {one['p999_ms']:8.2f} {one['memory_mib']:6.0f}  {tail}"
