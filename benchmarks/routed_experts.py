@@ -40,7 +40,7 @@ from benchmarks.targets import ADMIN, Target, checked, proxy, step_aside
 MESSAGES = 100
 ASK = {"metadata": {"return_routed_experts": True}}
 A_SECOND = {"chat": 200.0, "health": 400.0, "engine": 100.0}
-QUIET_S = 1.0
+QUIET_S = 0.7
 
 
 @contextlib.contextmanager
@@ -121,23 +121,32 @@ def small_chats(target: Target) -> Iterator[bytes]:
 
 async def beside(
     target: Target, streams: dict[str, tuple[str, Iterator[bytes]]], large: list[bytes]
-) -> dict[str, load.Outcome]:
-    """The streams while `large` are asked for one after the other, or for QUIET_S if there are none."""
+) -> dict[str, list[float]]:
+    """Latencies of what was due while `large` were asked for one after the other, or for QUIET_S if there are
+    none; and how late the generator was, all the time."""
     stop = asyncio.Event()
     running = [
         asyncio.ensure_future(load.open_loop(address, what, rate=A_SECOND[kind], stop=stop, limit_s=120))
         for kind, (address, what) in streams.items()
     ]
+    (connection,) = await load.connect(target.address, 1)
+    await asyncio.sleep(QUIET_S)  # all connections are there
+    began = time.perf_counter()
     if not large:
         await asyncio.sleep(QUIET_S)
-    (connection,) = await load.connect(target.address, 1)
     for data in large:
         status, body = await connection.ask(data)
         if status != 200:
             raise SystemExit(f"a large turn was answered {status}: {body[:200]!r}")
+    ended = time.perf_counter()
     stop.set()
     load.close([connection])
-    return dict(zip(streams, map(checked, await asyncio.gather(*running)), strict=True))
+    found: dict[str, list[float]] = {"late": []}
+    for kind, outcome in zip(streams, map(checked, await asyncio.gather(*running)), strict=True):
+        timed = zip(outcome.due, outcome.latencies, strict=True)
+        found[kind] = [latency for due, latency in timed if began <= due <= ended]
+        found["late"] += outcome.lateness
+    return found
 
 
 def delays(turns: Turns, engine: str, rounds: int, in_a_row: int) -> dict[str, Any]:
@@ -155,9 +164,8 @@ def delays(turns: Turns, engine: str, rounds: int, in_a_row: int) -> dict[str, A
         for which, kinds in found.items():
             asked = [turns.request(**ASK) for _ in range(in_a_row if which == "busy" else 0)]
             outcomes = load.run(beside(turns.target, streams, [data for data, _ in asked]))
-            for kind, outcome in outcomes.items():
-                kinds[kind] += outcome.latencies
-                kinds["late"] += outcome.lateness
+            for kind, latencies in outcomes.items():
+                kinds[kind] += latencies
             for _, key in asked:
                 turns.reward(key)
         turns.drop()
