@@ -8,7 +8,7 @@ tokens with the experts of each: 100 MiB of base64. One proxy, one worker, pinne
   cold    CPU of the proxy's tree a turn, its granules never touched before: every page is a fault
   warm    the same with granules that earlier shards have left
   plain   the same chat without asking for experts: what of it is the chat itself
-  delay   small chats (5 messages, 200 tokens, 200 a second) and /health (400 a second) in other sessions of
+  delay   small chats (5 messages, 200 tokens, 100 a second) and /health (400 a second) in other sessions of
           the same worker, open loop: `quiet` while nothing else goes on, `busy` while such an answer is under
           way, in turns. The delay is the busy latency less the quiet median. `engine` is the engine asked
           directly (100 a second): how late it itself was with a small answer meanwhile
@@ -39,7 +39,7 @@ from benchmarks.targets import ADMIN, Target, checked, proxy, step_aside
 
 MESSAGES = 100
 ASK = {"metadata": {"return_routed_experts": True}}
-A_SECOND = {"chat": 200.0, "health": 400.0, "engine": 100.0}
+A_SECOND = {"chat": 100.0, "health": 400.0, "engine": 100.0}
 QUIET_S = 0.7
 
 
