@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import per_request
 from benchmarks.command import Progress, begun, flags, kept, parsed
-from benchmarks.scenarios import Prepared, chats
+from benchmarks.scenarios import Prepared, Scenario, chats
 from benchmarks.targets import CONNECTIONS, Target, engine, proxy, step_aside
 
 LENGTHS = (2, 5, 10, 20, 50, 100, 200)
@@ -25,7 +25,7 @@ TOKENS_A_MESSAGE = 40
 FRESH = 20
 
 
-def scenario(messages: int) -> per_request.Scenario:
+def scenario(messages: int) -> Scenario:
     def prepare(target: Target, count: int) -> Prepared:
         return chats(target, count, messages, messages * TOKENS_A_MESSAGE, FRESH)
 

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import load, machine
+from benchmarks import load, machine, meter
 from benchmarks.cleanup_latency import emptied, fill, first_and_last, with_dumps
 from benchmarks.command import Progress, begun, flags, kept, parsed, spread
 from benchmarks.targets import USABLE, place, step_aside
@@ -60,9 +60,9 @@ def run(sessions: int, rounds: int, where: str | None) -> dict[str, Any]:
         said = Progress(rounds)
         for _ in range(rounds):
             fill(target, sessions)
-            before = load.process_cpu_s(cleaner)
+            before = meter.process_cpu_s(cleaner)
             first, last = load.run(first_and_last(target, dumps, sessions))
-            used = load.process_cpu_s(cleaner) - before
+            used = meter.process_cpu_s(cleaner) - before
             nbytes = emptied(dumps)
             size = nbytes // sessions
             found["wall"].append(nbytes / (last - first) / 1e6)

@@ -125,8 +125,8 @@ def growth(result: Result) -> Iterator[Row]:
         what = f"{count:,}th start of one task_id over the first"
         yield Row(what, "1.0×", f"{ratios['ours']:.2f}×", ratios["ours"] <= FIRST_START, original)
     if "memory" in parts:
-        last = {who: one["points"][-1] for who, one in parts["memory"].items()}
-        mib = {who: 1000 * one["resident_mib"] / one["sessions"] for who, one in last.items()}
+        full = {who: one["points"][-1] for who, one in parts["memory"].items()}
+        mib = {who: 1000 * one["resident_mib"] / one["sessions"] for who, one in full.items()}
         original = f"{mib['original']:.0f}" if "original" in mib else ""
         what = "memory of 1,000 sessions of 8 turns, ~2k tokens, MiB"
         yield Row(what, f"≤ {MEMORY_MIB:g}", f"{mib['ours']:.1f}", mib["ours"] <= MEMORY_MIB, original)

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import load
+from benchmarks import load, meter
 from benchmarks.command import begun, flags, kept, parsed
 from benchmarks.scenarios import TURNS, chat
 from benchmarks.targets import ADMIN, Target, engine, proxy, step_aside
@@ -193,7 +193,7 @@ def memory(quick: bool, whose: str = "ours") -> dict[str, Any]:
     points, live = [], 0
     with alone(whose) as target:
         target.run([chat(target.text.messages(5, 200), "") for _ in range(16)])
-        before = load.tree_rss_bytes(target.pid)
+        before = meter.tree_rss_bytes(target.pid)
         for wanted in (50, 100) if quick else (250, 500, 1_000):
             new = target.sessions(wanted - live)
             live = wanted
@@ -204,7 +204,7 @@ def memory(quick: bool, whose: str = "ours") -> dict[str, Any]:
                 target.run([chat(words, key) for words, (_, key) in zip(said_so_far, new, strict=True)])
                 for words in said_so_far:
                     words.append({"role": "assistant", "content": target.text.words(64)})
-            resident = load.tree_rss_bytes(target.pid)
+            resident = meter.tree_rss_bytes(target.pid)
             point: dict[str, float] = {"sessions": wanted, "resident_mib": (resident - before) / 2**20}
             if whose == "ours":
                 point["arena_mib"] = target.health()["arena"]["granules_used"] * 4096 / 2**20

@@ -1,4 +1,4 @@
-"""A load generator and a CPU meter for loopback benchmarks, small enough to be checked by reading.
+"""A load generator for loopback benchmarks, small enough to be checked by reading.
 
 `closed` keeps a number of connections busy: each sends its next request when the reply to the last is
 complete. `open_loop` sends at fixed due times whatever the replies do, and counts a request's latency from
@@ -8,9 +8,6 @@ machine was too busy to tell.
 
 Requests are bytes made beforehand; replies are parsed just enough to find their end (Content-Length or
 chunked). Everything is bounded in number and time, and goes to 127.0.0.1 only.
-
-CPU is that of a whole process tree: every process's CPU clock, in nanoseconds (the kernel's own, ended
-threads included), and the ticks of reaped children.
 """
 
 from __future__ import annotations
@@ -24,12 +21,10 @@ import time
 from collections import deque
 from collections.abc import Coroutine, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import uvloop
 
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 STALL_TIMEOUT_S = 120.0
 
 
@@ -286,49 +281,3 @@ def _first(yes: bool) -> None:
     policy = os.SCHED_RR | os.SCHED_RESET_ON_FORK if yes else os.SCHED_OTHER
     with contextlib.suppress(PermissionError):
         os.sched_setscheduler(0, policy, os.sched_param(1 if yes else 0))
-
-
-def _stat(pid: int) -> tuple[int, int] | None:
-    """(parent, ticks of reaped children), or None if it is gone."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()
-    return int(fields[1]), int(fields[13]) + int(fields[14])
-
-
-def tree(root: int) -> set[int]:
-    """The process and all its living descendants."""
-    parents = {
-        int(name): found[0] for name in os.listdir("/proc") if name.isdigit() and (found := _stat(int(name)))
-    }
-    members = {root}
-    while more := {pid for pid, parent in parents.items() if parent in members} - members:
-        members |= more
-    return members
-
-
-def tree_cpu_s(root: int) -> float:
-    """CPU seconds that the process tree has used so far, user and system."""
-    return sum(process_cpu_s(pid) + found[1] / TICKS_PER_S for pid in tree(root) if (found := _stat(pid)))
-
-
-def process_cpu_s(pid: int) -> float:
-    """The process's own CPU time, by its clock (clock_getcpuclockid(3); 2 is CPUCLOCK_SCHED)."""
-    try:
-        return time.clock_gettime(~pid << 3 | 2)
-    except OSError:
-        return 0.0
-
-
-def tree_rss_bytes(root: int) -> int:
-    """Proportional resident memory (PSS) of the tree, so that what processes share counts once."""
-    total = 0
-    for pid in tree(root):
-        try:
-            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:"))
-    return total

@@ -4,7 +4,7 @@
         [--connections 8] [--seed 0] [--conversations FILE]
 
 All proxies run at once; in every round each scenario is measured on one and then on the others, so that what
-the machine does meanwhile hits all. Measured are the CPU time of the whole proxy process tree (load.py)
+the machine does meanwhile hits all. Measured are the CPU time of the whole proxy process tree (meter.py)
 divided by the requests answered, requests a second and latencies, closed loop, and the tree's memory (PSS)
 when the round's requests were answered; preparation (starting sessions, filling them) is not measured. A
 ratio is taken within a round: its median and extremes are those of the rounds. The engine is the embedded
@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import load
+from benchmarks import load, meter
 from benchmarks.command import Progress, begun, flags, kept, parsed
 from benchmarks.goals import COST_MS
 from benchmarks.scenarios import SCENARIOS, Scenario, engine_call, recorded
@@ -71,7 +71,7 @@ def measure(target: Target, scenario: Scenario, quick: bool, connections: int) -
         "p50_ms": 1000 * load.quantile(outcome.latencies, 0.5),
         "p99_ms": 1000 * load.quantile(outcome.latencies, 0.99),
         "p999_ms": 1000 * load.quantile(outcome.latencies, 0.999),
-        "memory_mib": load.tree_rss_bytes(target.pid) / 2**20,
+        "memory_mib": meter.tree_rss_bytes(target.pid) / 2**20,
     }
 
 
@@ -168,7 +168,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                 f"{name:17} {target.name:9}{one['cpu_ms']:9.3f} ms CPU {one['per_second']:7.0f}/s "
                 f"p99 {one['p99_ms']:7.2f} ms"
             )
-        result["memory_mib"] = {t.name: round(load.tree_rss_bytes(t.pid) / 2**20, 1) for t in targets}
+        result["memory_mib"] = {t.name: round(meter.tree_rss_bytes(t.pid) / 2**20, 1) for t in targets}
     result["scenarios"] = {
         name: {who: summary(rounds) for who, rounds in by_target.items()}
         for name, by_target in measured.items()

@@ -16,7 +16,7 @@ import contextlib
 import statistics
 from typing import Any
 
-from benchmarks import load
+from benchmarks import load, meter
 from benchmarks.command import Progress, begun, flags, kept, parsed
 from benchmarks.scenarios import SCENARIOS
 from benchmarks.targets import USABLE, Target, engine, place, proxy, step_aside
@@ -36,7 +36,7 @@ def run(numbers: list[int], rounds: int, quick: bool) -> dict[str, Any]:
         for number in numbers:
             one = proxy("ours", backend, "--arena-max-bytes", "512M", workers=number, seed=number)
             targets[number] = stack.enter_context(one)
-            place(load.tree(targets[number].pid), USABLE[-1:] if shared else USABLE[-number:])
+            place(meter.tree(targets[number].pid), USABLE[-1:] if shared else USABLE[-number:])
         said = Progress(rounds * len(NAMES) * len(numbers))
         for turn in range(rounds):
             for name in NAMES:

@@ -31,7 +31,7 @@ from typing import Any
 from areal_fast.shards import raw
 from areal_fast.shards.description import describe
 from areal_fast.shards.local import LocalShards
-from benchmarks import load
+from benchmarks import meter
 from benchmarks.command import Progress, begun, flags, kept, parsed, spread
 from benchmarks.targets import USABLE, Target, engine, place, proxy, step_aside
 
@@ -69,13 +69,13 @@ class Way:
         for _ in range(repeat):
             if self.before is not None:
                 self.before()
-            cpu -= load.tree_cpu_s(self.pid) if self.pid else 0.0
+            cpu -= meter.tree_cpu_s(self.pid) if self.pid else 0.0
             own -= time.process_time()
             wall -= time.perf_counter()
             self.act()
             wall += time.perf_counter()
             own += time.process_time()
-            cpu += load.tree_cpu_s(self.pid) if self.pid else 0.0
+            cpu += meter.tree_cpu_s(self.pid) if self.pid else 0.0
         self.rounds.append((wall / repeat, cpu / repeat, own / repeat))
 
     def found(self, socket: Way) -> dict[str, Any]:
@@ -246,8 +246,8 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             "socket": Way(fetch, sender, nbytes, options.count),
             "memcpy": Way(lambda: into.__setitem__(slice(None), block), 0, nbytes, options.count),
         }
-        room = ("--arena-max-bytes", str(max(256 << 20, 4 * nbytes) + 17 * nbytes))
-        room += ("--max-body-bytes", str(2 * nbytes + (64 << 20)))
+        arena, body = max(256 << 20, 4 * nbytes) + 17 * nbytes, 2 * nbytes + (64 << 20)
+        room = ("--arena-max-bytes", str(arena), "--max-body-bytes", str(body))
         backend = stack.enter_context(engine())
         target = stack.enter_context(proxy("ours", backend, *room))
         local = stack.enter_context(LocalShards(target.ask("/data/ways")["local"]))

@@ -30,7 +30,7 @@ from typing import Any
 
 from proxy import ours
 
-from benchmarks import load
+from benchmarks import load, meter
 from benchmarks.command import begun, flags, kept, parsed
 from benchmarks.scenarios import chat
 from benchmarks.targets import ADMIN, Target, Text, engine, tokenizer_folder
@@ -147,7 +147,7 @@ class Driver:
 def descriptors(root: int) -> int:
     """Open ones of the whole tree, sockets of clients excepted: how many of those there are is the load's."""
     count = 0
-    for pid in load.tree(root):
+    for pid in meter.tree(root):
         folder = Path(f"/proc/{pid}/fd")
         for name in os.listdir(folder):
             with contextlib.suppress(OSError):
@@ -159,7 +159,7 @@ def sample(target: Target, driver: Driver) -> dict[str, float]:
     health = target.health()
     chats, driver.chats = driver.chats, []
     return {
-        "resident_mib": load.tree_rss_bytes(target.pid) / 2**20,
+        "resident_mib": meter.tree_rss_bytes(target.pid) / 2**20,
         "descriptors": descriptors(target.pid),
         "granules": health["arena"]["granules_used"],
         "sessions": health["sessions"],

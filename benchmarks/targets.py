@@ -26,7 +26,7 @@ from typing import Any
 
 from proxy import Server, free_port, original, ours
 
-from benchmarks import load
+from benchmarks import load, meter
 
 ADMIN = "areal-admin-key"
 CONNECTIONS = 8
@@ -101,7 +101,7 @@ class Target:
 
     def cpu_s(self) -> float:
         """CPU seconds of the whole tree so far."""
-        return load.tree_cpu_s(self.pid)
+        return meter.tree_cpu_s(self.pid)
 
 
 def checked(outcome: load.Outcome) -> load.Outcome:
@@ -216,7 +216,7 @@ def place(pids: Iterable[int], cpus: Iterable[int]) -> None:
 def pin(target: Target) -> None:
     """The proxy on the last CPU; a no-op on one CPU."""
     if len(USABLE) > 1:
-        place(load.tree(target.pid), USABLE[-1:])
+        place(meter.tree(target.pid), USABLE[-1:])
 
 
 def step_aside(cpus: int = 1) -> None:
