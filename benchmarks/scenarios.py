@@ -50,7 +50,9 @@ def chats(target: Target, count: int, messages: int, tokens: int, fresh: int | N
     histories = [target.text.messages(messages - 1, tokens - (fresh or 0)) for _ in range(8)]
     if fresh is not None:
         warm = [[*history, {"role": "user", "content": "and?"}] for history in histories]
-        target.run([chat(conversation, "") for conversation in warm])
+        every = 4 * target.workers if target.workers > 1 else 1  # so that each worker has seen each of them
+        learnt = [chat(conversation, "") for conversation in warm for _ in range(every)]
+        target.run(learnt, connections=CONNECTIONS * target.workers)
     requests = []
     for number in range(count):
         if fresh is None:

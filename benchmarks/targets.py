@@ -69,6 +69,7 @@ class Target:
     address: str
     pid: int
     text: Text
+    workers: int = 1
 
     def run(
         self, requests: Sequence[bytes], *, bodies: bool = False, connections: int = CONNECTIONS
@@ -124,8 +125,8 @@ def engine(*flags: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def proxy(whose: str, backend: str, *flags: str, workers: int = 1, seed: int = 3) -> Iterator[Target]:
-    """Ours or the original over `backend`, pinned. `flags` and `workers` are ours alone: the original is
-    started as AReaL starts it."""
+    """Ours or the original over `backend`, pinned and at rest. `flags` and `workers` are ours alone: the
+    original is started as AReaL starts it."""
     with contextlib.ExitStack() as stack:
         if whose == "ours":
             server = stack.enter_context(ours(backend, tokenizer_folder(), flags, workers=workers))
@@ -133,9 +134,22 @@ def proxy(whose: str, backend: str, *flags: str, workers: int = 1, seed: int = 3
             from areal_env import areal_python
 
             server = stack.enter_context(original(areal_python(), backend, tokenizer_folder()))
-        target = Target(whose, server.address, server.pid, Text(seed))
+        target = Target(whose, server.address, server.pid, Text(seed), workers)
         pin(target)
+        settle(target)
         yield target
+
+
+def settle(target: Target) -> None:
+    """Its first requests are answered, and what it does after a start is done: it takes less than 5 % of a
+    core, or 20 s are over."""
+    target.run([load.request("GET", "/health")] * 1000, connections=64)
+    deadline = time.monotonic() + 20.0
+    while time.monotonic() < deadline:
+        before, began = target.cpu_s(), time.perf_counter()
+        time.sleep(0.25)
+        if target.cpu_s() - before < 0.05 * (time.perf_counter() - began):
+            return
 
 
 NGINX_CONFIG = """
