@@ -161,6 +161,7 @@ cdef class BytePairs:
     cdef object normalize
     cdef Py_ssize_t memory
     cdef list blocks
+    cdef tuple spelled      # what take_spelled gives
 
     def __cinit__(self, str alphabet not None, bytes vocabulary not None, bytes merges not None, bint whole_words,
                   list classes not None, list splits not None, normalize):
@@ -315,7 +316,15 @@ cdef class BytePairs:
             self.tables.byte_id[i] = af_bpe_whole(&self.tables, &all_bytes[i], 1)
             if self.tables.byte_id[i] == AF_BPE_NONE:
                 raise BadArgument(f"a vocabulary without byte {i}")
+        self.spelled = (
+            PyBytes_FromStringAndSize(<const char *> starts, (tokens + 1) * <Py_ssize_t> sizeof(uint32_t)),
+            PyBytes_FromStringAndSize(<const char *> text, used),
+        )
         return 0
+
+    def take_spelled(self):
+        spelled, self.spelled = self.spelled, None
+        return spelled
 
     cdef int learn_merges(self, bytes merges) except -1:
         """Pairs as JSON, [["left", "right"], ...] by rank."""

@@ -20,11 +20,13 @@ def ids_json(ids: Buffer, before: bytes = b"", after: bytes = b"") -> bytes:
 
 @final
 class TokenBytes:
-    """What each id of a byte-level vocabulary stands for, in one block of memory that is filled as ids
-    come."""
+    """What each id of a byte-level vocabulary stands for, in one block of memory."""
 
-    def __new__(cls, tokens: int, spell: Callable[[int], bytes]) -> TokenBytes:
-        """`spell` gives the bytes of an id; of those in [0, tokens) it is asked once each."""
+    def __new__(
+        cls, tokens: int, spell: Callable[[int], bytes], spelled: tuple[bytes, bytes] | None = None
+    ) -> TokenBytes:
+        """`spell` gives the bytes of an id; of those in [0, tokens) it is asked once each, when they come, and
+        not for those that `spelled` (core._bpe.BytePairs.take_spelled) has. BadArgument: not of that form."""
     def join(self, ids: Buffer) -> bytes:
         """The bytes of int32 ids, one after the other. BadArgument: not a multiple of four bytes."""
     @property

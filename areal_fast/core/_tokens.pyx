@@ -118,7 +118,7 @@ cdef class TokenBytes:
     cdef size_t used
     cdef size_t room
 
-    def __cinit__(self, Py_ssize_t tokens, spell):
+    def __cinit__(self, Py_ssize_t tokens, spell, tuple spelled=None):
         if not 0 <= tokens <= 1 << 24:
             raise BadArgument(f"{tokens} tokens")
         self.spell = spell
@@ -130,27 +130,44 @@ cdef class TokenBytes:
             raise MemoryError
         memset(self.place, 0, (tokens + 1) * sizeof(uint32_t))
         self.used = 4
+        if spelled is not None:
+            self.learn_all(spelled[0], spelled[1])
 
     def __dealloc__(self):
         PyMem_Free(self.place)
         PyMem_Free(self.blob)
 
+    cdef int learn_all(self, bytes starts, bytes text) except -1:
+        cdef const uint32_t *start = <const uint32_t *> PyBytes_AS_STRING(starts)
+        cdef Py_ssize_t ids = PyBytes_GET_SIZE(starts) // 4 - 1, i
+        self.make_room(self.used + 4 * <size_t> max(ids, 0) + <size_t> PyBytes_GET_SIZE(text))
+        for i in range(min(ids, self.tokens)):
+            if not start[i] <= start[i + 1] <= <uint32_t> PyBytes_GET_SIZE(text):
+                raise BadArgument("where tokens begin must rise, up to the end of their bytes")
+            if start[i] < start[i + 1]:
+                self.put(i, PyBytes_AS_STRING(text) + start[i], start[i + 1] - start[i])
+        return 0
+
     cdef int learn(self, int32_t token) except -1:
         cdef bytes value = self.spell(token)
-        cdef uint32_t size = <uint32_t> PyBytes_GET_SIZE(value)
-        cdef size_t needed = self.used + 4 + size
-        cdef char *blob
-        if needed > 0xFFFFFFFF:
-            raise MemoryError
-        if needed > self.room:
-            blob = <char *> PyMem_Realloc(self.blob, needed + needed // 4)
-            if blob == NULL:
-                raise MemoryError
-            self.blob, self.room = blob, needed + needed // 4
+        return self.put(token, PyBytes_AS_STRING(value), <uint32_t> PyBytes_GET_SIZE(value))
+
+    cdef int put(self, Py_ssize_t token, const char *value, uint32_t size) except -1:
+        if self.used + 4 + size > self.room:
+            self.make_room(self.used + 4 + size + self.used // 4)
         memcpy(self.blob + self.used, &size, 4)
-        memcpy(self.blob + self.used + 4, PyBytes_AS_STRING(value), size)
+        memcpy(self.blob + self.used + 4, value, size)
         self.place[token] = <uint32_t> self.used
-        self.used = needed
+        self.used += 4 + size
+        return 0
+
+    cdef int make_room(self, size_t size) except -1:
+        cdef char *blob = NULL
+        if size <= 0xFFFFFFFF:
+            blob = <char *> PyMem_Realloc(self.blob, size)
+        if blob == NULL:
+            raise MemoryError
+        self.blob, self.room = blob, size
         return 0
 
     def join(self, ids not None):

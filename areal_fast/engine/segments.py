@@ -158,6 +158,10 @@ class SegmentEncoder:
         """Why all new text is left to the library (bpe.py); empty if it is not."""
         self._prepare()
 
+    def take_spelled(self) -> tuple[bytes, bytes] | None:
+        """The vocabulary's bytes, once, where new text is encoded from them (core._bpe)."""
+        return None if self._pairs is None else self._pairs.take_spelled()
+
     # -- encoding
     # ---------------------------------------------------------------------------------------------------
 

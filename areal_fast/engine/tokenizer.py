@@ -157,7 +157,11 @@ class HfTokenizer:
         self.pad_id = self.eos_id if pad_id is None else pad_id
         self.stop_ids = sorted({i for i in (self.eos_id, self.pad_id) if i is not None})
         by_bytes = type(self._encoder.decoder).__name__ == "ByteLevel" and not self._clean_up
-        self._bytes = TokenBytes(self.vocab_size, _Speller(self._encoder)) if by_bytes else None
+        self._bytes = (
+            TokenBytes(self.vocab_size, _Speller(self._encoder), self.segments.take_spelled())
+            if by_bytes
+            else None
+        )
         self._by_window = not self._clean_up and _is_sentencepiece(self._encoder)
 
     def _id_of(self, name: str) -> int | None:

@@ -4,6 +4,7 @@ not crash either."""
 
 import json
 from array import array
+from itertools import accumulate
 
 import msgspec
 import pytest
@@ -184,6 +185,30 @@ def test_bytes_of_a_vocabulary(asked: list[list[int]]) -> None:
     for each in asked:
         table.join(array("i", [token for token in each if token < 32]))
     assert not spelled, "what is known is not asked for again"
+
+
+@given(st.lists(st.binary(max_size=40), max_size=40), st.integers(0, 40))
+def test_bytes_known_from_the_start(values: list[bytes], tokens: int) -> None:
+    """Of what has no bytes, and of what lies beyond them, the speller is asked."""
+    asked: list[int] = []
+
+    def spell(token: int) -> bytes:
+        asked.append(token)
+        return b"?%d" % token
+
+    starts = array("I", [0, *accumulate(map(len, values))])
+    table = TokenBytes(tokens, spell, (starts.tobytes(), b"".join(values)))
+    ids = list(range(tokens))
+    unknown = [token for token in ids if token >= len(values) or not values[token]]
+    expected = [b"?%d" % token if token in unknown else values[token] for token in ids]
+    assert table.join(array("i", ids)) == b"".join(expected)
+    assert asked == unknown
+
+
+@pytest.mark.parametrize("starts", [[0, 5], [3, 2], [0, 2, 1]])
+def test_bytes_that_are_not_where_they_should_be(starts: list[int]) -> None:
+    with pytest.raises(BadArgument, match="where tokens begin"):
+        TokenBytes(4, lambda token: b"x", (array("I", starts).tobytes(), b"abc"))
 
 
 def test_ids_that_are_no_int32() -> None:

@@ -49,6 +49,12 @@ def test_ids_as_recorded(qwen: HfTokenizer) -> None:
     assert qwen.decode([9707, 151645]) == "Hello<|im_end|>", "special tokens are text"
 
 
+def test_every_token_is_the_librarys(qwen: HfTokenizer) -> None:
+    library = qwen.segments._tokenizer
+    for token in range(qwen.vocab_size):
+        assert qwen.decode([token]) == library.decode([token], skip_special_tokens=False)
+
+
 def test_a_worker_gets_no_torch_and_no_transformers(tmp_path: Path) -> None:
     code = (
         "import sys; from areal_fast.engine.tokenizer import load_tokenizer; "
