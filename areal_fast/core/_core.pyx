@@ -206,8 +206,11 @@ cdef class Arena:
     def histogram(self, uint32_t first, bounds):
         cdef Histogram found = Histogram.__new__(Histogram)
         cdef Py_ssize_t i
+        self.ready()
         if len(bounds) > MAX_BOUNDS or list(bounds) != sorted(bounds):
             raise BadArgument(f"at most {MAX_BOUNDS} bounds, in order")
+        if first >= AF_COUNTERS:
+            raise BadArgument(f"there are {AF_COUNTERS} counters")
         found.arena = self
         found.first = first
         found.bounds = <uint32_t> len(bounds)

@@ -25,8 +25,9 @@ class TokenBytes:
     def __new__(
         cls, tokens: int, spell: Callable[[int], bytes], spelled: tuple[bytes, bytes] | None = None
     ) -> TokenBytes:
-        """`spell` gives the bytes of an id; of those in [0, tokens) it is asked once each, when they come, and
-        not for those that `spelled` (core._bpe.BytePairs.take_spelled) has. BadArgument: not of that form."""
+        """`spell` gives the bytes of an id; of those in [0, tokens) it is asked once each, when they come,
+        and not for those that `spelled` (core._bpe.BytePairs.take_spelled) has. BadArgument: not of that
+        form."""
     def join(self, ids: Buffer) -> bytes:
         """The bytes of int32 ids, one after the other. BadArgument: not a multiple of four bytes."""
     @property

@@ -44,6 +44,7 @@ CALLS = {
     "fileno": (),
     "head": (0,),
     "heartbeat": (),
+    "histogram": (0, (1,)),
     "lock_owner": (),
     "next_ordinal": (0,),
     "open_named": (b"x",),
