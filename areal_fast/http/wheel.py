@@ -8,8 +8,8 @@ so that what is over and forgotten is not kept by a bucket for all of its deadli
 
 Invariants: an item expires at or after its deadline, at most two ticks late while the loop keeps up. Ticks
 are those the loop has run, not wall time: after a stopped process or a stalled loop every client still has
-its full time, and what it sent meanwhile is read first. With no item filed the timer does not run. What `expired`
-raises goes to the loop, and the others expire.
+its full time, and what it sent meanwhile is read first. With no item filed the timer does not run. What
+`expired` raises goes to the loop, and the others expire.
 """
 
 from __future__ import annotations
