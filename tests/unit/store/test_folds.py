@@ -176,3 +176,16 @@ def test_who_is_asked_for_a_twins_process_may_change_the_fold(store: SessionStor
             return process != 7
 
         assert fold.twin_of(b"b" * 16, b"", lives) == 0
+
+
+def test_a_session_that_cannot_be_read_is_not_held(
+    store: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.hitl().release()
+    slot = store.arena.open_named(b"__hitl__")
+    monkeypatch.setattr(store.folds, "refresh", lambda _: 1 / 0)
+    before = store.arena.slot_info(slot).pins
+    store.arena.unpin(slot)
+    with pytest.raises(ZeroDivisionError):
+        store.hitl()
+    assert before and not store.arena.slot_info(slot).pins
