@@ -325,6 +325,8 @@ cdef class Link:
                 self.ended(request, h.keep_alive)
                 return
             self.parser.expect(request.method)
+        elif type(self._call) is Request:
+            (<Request> self._call).touched = True
         self._received(data)
 
     cdef int ended(self, Request request, bint keep_alive) except -1:

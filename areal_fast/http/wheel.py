@@ -8,7 +8,8 @@ so that what is over and forgotten is not kept by a bucket for all of its deadli
 
 Invariants: an item expires at or after its deadline, at most two ticks late while the loop keeps up. Ticks
 are those the loop has run, not wall time: after a stopped process or a stalled loop every client still has
-its full time, and what it sent meanwhile is read first. With no item filed the timer does not run.
+its full time, and what it sent meanwhile is read first. With no item filed the timer does not run. What
+`expired` raises goes to the loop, and the others expire.
 """
 
 from __future__ import annotations
@@ -75,7 +76,14 @@ class Wheel:
                 self._file(item, item.due)
             elif item.due:
                 item.due = 0
-                item.expired()
+                try:
+                    item.expired()
+                except Exception as error:  # its own fault, and not that of the others in here
+                    self._report(error)
+
+    def _report(self, error: Exception) -> None:
+        assert self._loop is not None
+        self._loop.call_exception_handler({"message": "at a deadline", "exception": error})
 
     def stop(self) -> None:
         if self._timer is not None:

@@ -426,9 +426,13 @@ cdef class Folded:
 
     def named(self, str interaction_id not None):
         cdef Py_ssize_t size = 0
-        cdef const char *name = PyUnicode_AsUTF8AndSize(interaction_id, &size)
+        cdef const char *name
         cdef Item *item
         cdef uint32_t i
+        try:
+            name = PyUnicode_AsUTF8AndSize(interaction_id, &size)
+        except UnicodeEncodeError:  # lone surrogates: no id of ours
+            return -1
         for i in range(self.count):
             item = self.items + i
             if item.head.id_len == size and self.is_of(item, self.active_index) and memcmp(
@@ -442,6 +446,7 @@ cdef class Folded:
         cdef Py_ssize_t key_len = PyBytes_GET_SIZE(key)
         cdef const char *has
         cdef uint64_t process
+        cdef uint32_t ordinal
         cdef Item *item
         if key_len:
             for i in range(self.count):
@@ -463,8 +468,9 @@ cdef class Folded:
                     key_len and memcmp(has + BODY_HASH, PyBytes_AS_STRING(key), key_len) != 0):
                 continue
             memcpy(&process, has + FINGERPRINT, 8)
+            ordinal = item.head.ordinal  # `lives` is not ours: nothing is held over it
             if item.fate == LOST or (item.fate == UNKNOWN and not lives(process)):
-                return item.head.ordinal
+                return ordinal
         return -1
 
     cdef bint may_have_twin(self, bytes body, bytes key) noexcept:

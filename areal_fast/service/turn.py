@@ -424,19 +424,24 @@ class ChatTurn:
 
     def _leave(self) -> None:
         """Give back what was for the record, unless that was made."""
-        if self._routed is not None:
-            self._routed.abandon()
-        if self._turn is not None:
-            self._turn.abandon()
+        routed, self._routed = self._routed, None
         flight, self._flight = self._flight, None
-        if flight is not None:
-            flight.ended()
+        try:
+            if routed is not None:
+                routed.abandon()
+        finally:
+            if self._turn is not None:
+                self._turn.abandon()
+            if flight is not None:
+                flight.ended()
 
     def _close(self) -> None:
-        self._leave()
-        self._chats.in_flight -= 1
-        if self._session is not None:
-            self._session.release()
+        try:
+            self._leave()
+        finally:
+            self._chats.in_flight -= 1
+            if self._session is not None:
+                self._session.release()
 
 
 def _respond(

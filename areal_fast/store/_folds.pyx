@@ -3,8 +3,8 @@
 
 Job: keep folds (protocol/_fold.pyx) up to date, and least recently used ones no longer than there is room; pin a
 session and begin a turn; say which earlier interaction a new one may refer to, append its record and fold on over it.
-FoldCache (folds.py), Session and Turn (session.py) are these with what is rarely done. Contracts stand in _folds.pyi, the theory in folds.py. The arena is called as Python calls it,
-so that a model of it does as well.
+FoldCache (folds.py), Session and Turn (session.py) are these with what is rarely done. Contracts stand in _folds.pyi,
+the theory in folds.py. The arena is called as Python calls it, so that a model of it does as well.
 
 Invariants: `places[slot]` is the slot's fold or None; those that are there form a list by use, linked by slot numbers
 (`older`, `newer`, of which -1 is the end). `fold_bytes` is the sum of what they are charged for, `ids_bytes` of the
@@ -80,6 +80,8 @@ cdef class Folds:
         cdef Folded fold = self.held(slot)
         cdef uint64_t head
         if fold is None:
+            if slot < 0:
+                raise IndexError("no slot")
             fold = self.make()
             if len(self.places) <= slot:
                 self.places.extend([None] * (slot + 1 - len(self.places)))
@@ -201,6 +203,8 @@ cdef class Folds:
             start = 4 * <Py_ssize_t> item.head.shared
             if start < need:
                 known = self.arena.record_data(slot, fold.head, item.offset, 0, need - start)
+                if PyBytes_GET_SIZE(known) != need - start:
+                    raise ValueError("a record has other data than was asked for")
                 memcpy(to + start, PyBytes_AS_STRING(known), <size_t> (need - start))
                 need = start
                 if need == 0:
@@ -228,6 +232,8 @@ cdef class Folds:
             return 0
         count = fold.last_two(new.trajectory, &chosen[1])
         parent = -1 if new.parent == NO_REF else fold.at(new.parent)
+        if parent >= 0 and not fold.is_of(fold.items + parent, new.trajectory):
+            parent = -1  # exported since: late, as the new one will be
         k = 1
         if parent >= 0 and parent != chosen[1] and (count < 2 or parent != chosen[2]):
             k = 0

@@ -201,9 +201,12 @@ class SessionStore:
         if slot < 0:
             return None
         session = Session(self, slot, self.arena.slot_id(slot).decode(), counts)
-        if counts and self.folds.refresh(slot).leaving:
+        try:
+            if counts and self.folds.refresh(slot).leaving:
+                raise ExportBusy
+        except BaseException:
             session.release()
-            raise ExportBusy
+            raise
         return session
 
     def sessions_count(self) -> int:

@@ -158,3 +158,26 @@ def test_a_cancelled_one_says_nothing_and_leaves_nothing(run: Run, where: str) -
             assert all(isinstance(request.error, BrokenReply) for request in ended)
 
     run(main())
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_reply_that_broke_off_is_not_asked_for_again(run: Run, method: str) -> None:
+    """Whatever the method, and though the connection was a kept one."""
+
+    async def main() -> None:
+        async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
+            await read_request(reader)
+            writer.write(OK)
+            await read_request(reader)
+            writer.write(OK[:12])
+
+        async with engine(script) as url:
+            client, ended = Client(url), []
+            await client.request("GET", "/", timeout_s=60)
+            request = client.begin(method, "/", timeout_s=60, done=ended.append)
+            await until(lambda: bool(ended))
+            assert request.touched and isinstance(request.error, BrokenReply)
+            assert (client.stats.connects, client.stats.retries) == (1, 0)
+            client.close()
+
+    run(main())

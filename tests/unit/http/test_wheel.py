@@ -92,3 +92,24 @@ def test_what_is_over_is_soon_forgotten() -> None:
         wheel.stop()
 
     asyncio.run(turn())
+
+
+def test_what_one_raises_keeps_no_other_waiting() -> None:
+    class Broken(Item):
+        def expired(self) -> None:
+            super().expired()
+            raise ValueError("broken")
+
+    async def main() -> None:
+        told: list[BaseException] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+        wheel, expired = Wheel(0.001), list[int]()
+        for item in (Broken(0, expired), Item(1, expired)):
+            wheel.set(item, 2)
+        wheel.set(Item(2, expired), 4)
+        while len(expired) < 3:
+            await asyncio.sleep(0.001)
+        assert expired == [0, 1, 2] and list(map(str, told)) == ["broken"]
+        wheel.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 60))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -234,6 +235,16 @@ def test_our_own_faults_do_not_reach_the_engines_connection(
         patch.setattr(turns, "refuse_chat", lambda *_: 1 / 0)
         transport.asked[1].fail(BrokenReply("reset"))
     assert [type(error) for error in twice.faults] == [ZeroDivisionError]
+    assert recorded(service, session_id) == []
+
+
+def test_what_cannot_be_given_back_keeps_nothing_else(service: Service, transport: Transport) -> None:
+    session_id, key = service.start()
+    exchange = begin(service, Exchange(key))
+    turn: Any = transport.asked[0].done.__self__  # type: ignore[attr-defined]
+    turn._routed = SimpleNamespace(abandon=lambda: 1 / 0)
+    transport.asked[0].fail(BrokenReply("reset"))
+    assert [type(error) for error in exchange.faults] == [ZeroDivisionError]
     assert recorded(service, session_id) == []
 
 

@@ -10,6 +10,8 @@ from collections import OrderedDict
 
 import pytest
 
+from areal_fast.errors import InteractionNotFound
+from areal_fast.protocol.retries import Asked
 from areal_fast.store import Session, SessionStore
 from areal_fast.store.folds import FoldCache
 from tests.unit.store.turns import started, take
@@ -129,3 +131,61 @@ def test_a_forks_ids_are_others() -> None:
     done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=120)
     given = done.stdout.split()
     assert done.returncode == 0 and len(given) == len({*given}) == 1210, done.stderr
+
+
+def test_what_cannot_be_an_id_is_nobodys(store: SessionStore) -> None:
+    with started(store) as session:
+        take(session, [1, 2], [3])
+        with pytest.raises(InteractionNotFound):
+            session.set_reward(1.0, "\ud800")
+        with pytest.raises(IndexError):
+            store.folds.refresh(-1)
+
+
+def test_an_arena_that_gives_less_than_asked_for_is_not_read_beyond(store: SessionStore) -> None:
+    with started(store) as session:
+        take(session, [1, 2], [3])
+
+        class Short:
+            read, head = store.arena.read, store.arena.head
+
+            def record_data(self, *where: int) -> bytes:
+                return store.arena.record_data(*where)[:-1]
+
+        cache = FoldCache(Short())  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="asked for"):
+            cache.full_ids(session.slot, cache.refresh(session.slot), 0)
+
+
+def test_who_is_asked_for_a_twins_process_may_change_the_fold(store: SessionStore) -> None:
+    with started(store) as session:
+        turn = session.begin_turn(reserve_tokens=0)
+        turn.commit(
+            prompt_ids=[1],
+            output_ids=[2],
+            logprobs=[0.5],
+            version_runs=[(0, 1)],
+            stop_reason="stop",
+            body_hash=Asked(b"b" * 16).pack(7),
+        )
+        fold = FoldCache(store.arena).refresh(session.slot)
+        records = store.arena.read(session.slot)[2]
+
+        def lives(process: int) -> bool:
+            fold.apply(records * 1000)  # moves all that it has
+            return process != 7
+
+        assert fold.twin_of(b"b" * 16, b"", lives) == 0
+
+
+def test_a_session_that_cannot_be_read_is_not_held(
+    store: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.hitl().release()
+    slot = store.arena.open_named(b"__hitl__")
+    monkeypatch.setattr(store.folds, "refresh", lambda _: 1 / 0)
+    before = store.arena.slot_info(slot).pins
+    store.arena.unpin(slot)
+    with pytest.raises(ZeroDivisionError):
+        store.hitl()
+    assert before and not store.arena.slot_info(slot).pins
