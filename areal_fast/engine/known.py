@@ -150,10 +150,11 @@ class KnownChats:
         """The ids of a message's texts with what stands between and around them, and how much work that was.
         None: more than `work`, or other special tokens are in it than the template's."""
         assert self._cut is not None
+        texts = (content,) if isinstance(content, str) else content
         parts = [context.before]
         try:
             for how, following in context.inner:
-                parts[-1] += how.shown(content[how.slot.number])
+                parts[-1] += how.shown(texts[how.slot.number])
                 inside = self._cut.split(following)
                 parts[-1] += inside[0]
                 parts += inside[1:]
@@ -188,7 +189,7 @@ class KnownChats:
             known = [plain(name) if isinstance(name, str) else _known_form(name) for name in names]
             texts = [(content,) if isinstance(content, str) else content for content in contents]
             new = self._traced(known, texts, chat.tools, chat.template_kwargs)
-            for name in names:
+            for name in set(names):
                 left = self._form_hopes.get(name, _HOPELESS_FORM)
                 self._form_hopes[name] = -1 if new is not None else max(left - 1, min(left, 0))
         self._count(_PLAN_BYTES_A_MESSAGE * len(forms))

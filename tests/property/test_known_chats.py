@@ -142,6 +142,12 @@ CALLS = (
     "{% endfor %}{% if m.tool_call_id %}{{ m.tool_call_id }}{% endif %}<|im_end|>{% endfor %}"
 )
 
+# a content that is written as JSON
+QUOTED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content | tojson }}"
+    "{% if '<' in (m.content or '') %}!{% endif %}<|im_end|>{% endfor %}"
+)
+
 
 @functools.cache
 def with_template(
@@ -235,7 +241,7 @@ def bodies(draw: st.DrawFn, messages: st.SearchStrategy[Any] = message) -> bytes
     return json.dumps(ordered, ensure_ascii=draw(st.booleans()), separators=separators).encode()
 
 
-@pytest.mark.parametrize("source", [QWEN3_CALLS, GLUED, TRIMMED, TIGHT, "qwen2.5", CALLS])
+@pytest.mark.parametrize("source", [QWEN3_CALLS, GLUED, TRIMMED, TIGHT, "qwen2.5", CALLS, QUOTED])
 @pytest.mark.parametrize("limit_bytes", [1 << 20, 3000])
 @pytest.mark.parametrize("objects", [False, True])
 @SETTINGS
@@ -259,7 +265,7 @@ def test_other_families(family: str, body: bytes) -> None:
         check(tokenizer.known, tokenizer.template, tokenizer, body)
 
 
-@pytest.mark.parametrize("source", [QWEN3, token_folders.qwen_folder.CHAT_TEMPLATE])
+@pytest.mark.parametrize("source", [QWEN3, token_folders.qwen_folder.CHAT_TEMPLATE, QUOTED])
 def test_a_growing_conversation_is_taken(source: str) -> None:
     chats = with_template(source, 1 << 20)
     messages = [{"role": "system", "content": "Be brief."}]
@@ -627,6 +633,19 @@ def test_a_form_without_skeletons_is_given_up(monkeypatch: pytest.MonkeyPatch) -
         assert check(known, template, tokenizer, json.dumps({"messages": [user] * n}).encode())
         assert not check(known, template, tokenizer, json.dumps({"messages": [*[user] * n, tool]}).encode())
     assert len(traced) == 39 + 16
+
+
+def test_a_long_chat_without_a_skeleton_counts_once() -> None:
+    tokenizer = ours(token_folders.qwen(), 1 << 20)
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}"
+        "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}<|im_end|>{% endfor %}"
+    )
+    template = ChatTemplate(source, {})
+    known = KnownChats(template, tokenizer.segments, 8192, limit_bytes=1 << 20)
+    user, tool = {"role": "user", "content": "a"}, {"role": "tool", "content": "b"}
+    assert known.take(json.dumps({"messages": [*[user] * 40, tool]}).encode()) is None
+    assert check(known, template, tokenizer, json.dumps({"messages": [user]}).encode())
 
 
 def test_texts_that_a_template_looks_into_leave_others_alone() -> None:
