@@ -32,6 +32,7 @@ may change it. One thread, the loop's. Bounded in bytes: messages, parameters, a
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,8 +54,9 @@ from areal_fast.protocol.chat import (
 _MAX_PLAN_BYTES = 4 << 20  # of all plans and what they share, about
 _PLAN_BYTES_A_MESSAGE = 128
 _PLAN_BYTES_A_SHAPE = 300
-_PLAN_BYTES_A_TOOL_BYTE = 8  # key, literals as text and ids
+_PLAN_BYTES_A_LITERAL = 300  # or a context, beside its texts
 _MAX_QUESTIONS = 60  # different ones: they are bits
+_MAX_QUESTION = 1024  # characters: a template's own are short, others come from a request
 _MAX_SKELETONS_A_SHAPE = 8
 _HOPELESS_FORM = 16  # shapes without a skeleton that a form was in, and none with one
 _HOPELESS = 64  # shapes without a skeleton, and none with one: the template has none
@@ -112,7 +114,7 @@ class KnownChats:
             return None
         plans = self._plans.get(shape)
         if plans is None:
-            self._count(_PLAN_BYTES_A_SHAPE + _PLAN_BYTES_A_TOOL_BYTE * len(shape))
+            self._count(_PLAN_BYTES_A_SHAPE + len(shape))
             plans = self._plans[shape] = {}
         return Rest(chat, plans)
 
@@ -265,6 +267,8 @@ class KnownChats:
             context = self._contexts.get(key)
             if context is None:
                 context = self._contexts[key] = Context(*key)
+                self._plan_bytes += _PLAN_BYTES_A_LITERAL + sum(map(sys.getsizeof, key[:3]))
+                self._plan_bytes += sum(_PLAN_BYTES_A_LITERAL + sys.getsizeof(text) for _, text in inner[i])
             contexts.append(context)
         return Plan(tuple(contexts), tuple(ids for ids in literals if ids is not None), guards)
 
@@ -275,6 +279,7 @@ class KnownChats:
             if prompt is None:
                 return None
             known = self._literals[text] = prompt.data
+            self._plan_bytes += _PLAN_BYTES_A_LITERAL + sys.getsizeof(text) + len(known)  # plan() looks at it
         return known
 
     def _guards(self, guards: tuple[Guard, ...]) -> tuple[tuple[int, int, int], ...] | None:
@@ -283,7 +288,7 @@ class KnownChats:
         for index, slot, check, text, holds in guards:
             question = slot, check, text
             if question not in self._questions:
-                if len(self._questions) == _MAX_QUESTIONS:
+                if len(self._questions) == _MAX_QUESTIONS or len(text) > _MAX_QUESTION:
                     return None
                 self._questions.append(question)
             bit = 1 << self._questions.index(question)
@@ -293,7 +298,14 @@ class KnownChats:
 
 
 def _none_within_another(tokens: list[str]) -> bool:
-    return not any(a is not b and a in b for a in tokens for b in tokens)
+    known = set(tokens)  # there may be thousands: parts are looked up, not all compared with all
+    return not any(
+        token[start:stop] in known
+        for token in known
+        for start in range(len(token))
+        for stop in range(start + 1, len(token) + 1)
+        if stop - start < len(token)
+    )
 
 
 class _OtherForm(Exception):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from areal_fast.core import BadArgument
 from areal_fast.core._messages import Context, KnownMessages, Message, Plan, Rest, digest, fingerprint
-from areal_fast.engine.known import KnownChats
+from areal_fast.engine.known import KnownChats, _none_within_another
 from areal_fast.engine.skeletons import Tracer, plain
 from areal_fast.engine.templates import ChatTemplate, TemplateFailed
 from areal_fast.engine.tokenizer import HfTokenizer
@@ -171,7 +171,6 @@ def check(known: KnownChats, template: ChatTemplate, tokenizer: HfTokenizer, bod
     messages = with_object_arguments(general.messages) if known.object_arguments else general.messages
     expected = tokenizer.encode(template.render(messages, general.tools, general.template_kwargs))
     assert prompt.data == expected.data, (general.messages, prompt.ids(), expected.ids())
-    assert prompt.json == expected.json
     general.messages = request.messages
     assert request == general
     return True
@@ -607,6 +606,42 @@ def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     tools = [{"type": "function", "function": {"name": "f", "description": "d" * 1000}}]
     body = json.dumps({"messages": [{"role": "1", "content": "a"}], "tools": tools}).encode()
     assert check(known, template, tokenizer, body) and len(known._plans) <= 1
+
+
+def test_literals_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal_fast.engine.known._MAX_PLAN_BYTES", 200_000)
+    tokenizer = ours(token_folders.qwen(), 1 << 20)
+    source = "{{ tools | tojson }}{% for m in messages %}<think>{{ m.role }}</think>{{ m.content }}<|im_end|>"
+    template = ChatTemplate(source + "{% endfor %}", {})
+    known = KnownChats(template, tokenizer.segments, 1 << 20, limit_bytes=1 << 20)
+    tools = [{"type": "function", "function": {"name": "f", "description": "d " * 4000}}]
+    for i in range(30):
+        body = json.dumps({"messages": [{"role": f"r{i}", "content": "a"}], "tools": tools}).encode()
+        assert check(known, template, tokenizer, body)
+        assert sum(len(text) + len(ids) for text, ids in known._literals.items()) < 200_000
+
+
+def test_questions_are_bounded() -> None:
+    tokenizer = ours(token_folders.qwen(), 1 << 20)
+    source = (
+        "{% for m in messages %}<|im_start|>{{ 'A' if x in m.content else 'B' }}{{ m.content }}<|im_end|>"
+    )
+    template = ChatTemplate(source + "{% endfor %}", {})
+    known = KnownChats(template, tokenizer.segments, 1 << 20, limit_bytes=1 << 20)
+    for size in (1, 1024, 1025, 50_000):
+        said = {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"x": "a" * size}}
+        assert check(known, template, tokenizer, json.dumps(said).encode()) == (size <= 1024)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "none"),
+    [
+        ([], True), (["a"], True), (["a", "b", "ab"], False), (["ab", "abc"], False), (["bc", "abc"], False),
+        (["<ab>", "b"], False), (["abc", "cde"], True), ([f"<unused{i}>" for i in range(6000)], True),
+    ],
+)  # fmt: skip
+def test_tokens_within_another(tokens: list[str], none: bool) -> None:
+    assert _none_within_another(tokens) == none
 
 
 def test_a_template_without_skeletons_is_given_up() -> None:
