@@ -58,6 +58,10 @@ _PLAN_BYTES_A_LITERAL = 300  # or a context, beside its texts
 _MAX_QUESTIONS = 60  # different ones: they are bits
 _MAX_QUESTION = 1024  # characters: a template's own are short, others come from a request
 _MAX_SKELETONS_A_SHAPE = 8
+# a plan costs as much as two renderings or three, and saves one each time it is used again: where, after so
+# many, they were not used so often each, a shape has to come twice
+_PLANS_ON_TRUST = 64
+_USES_THAT_PAY = 2
 _HOPELESS_FORM = 16  # shapes without a skeleton that a form was in, and none with one
 _HOPELESS = 64  # shapes without a skeleton, and none with one: the template has none
 
@@ -86,6 +90,7 @@ class KnownChats:
         self._contexts: dict[tuple[str, str, str, bool, Any], Context] = {}
         self._literals: dict[str, bytes] = {}
         self._questions: list[tuple[int, Check, str]] = []
+        self._plans_made = self._plans_used = 0
         self._hopes = _HOPELESS
         self._form_hopes: dict[str | bytes, int] = {}  # -1: it was in a skeleton
         self.encode = segments.segment_within
@@ -99,8 +104,12 @@ class KnownChats:
         """The chat in `body`, its messages taken out, and their prompt; see above."""
         if self._cut is None:
             return None
+        made = self._plans_made
         taken = self._messages.take(body, self._work)
-        return None if taken is None else (taken[0], Prompt(taken[1]))
+        if taken is None:
+            return None
+        self._plans_used += made == self._plans_made
+        return taken[0], Prompt(taken[1])
 
     # -- what is new
 
@@ -181,12 +190,19 @@ class KnownChats:
     def plan(
         self, rest: Rest, forms: bytes, names: list[str | bytes], contents: list[str | tuple[str, ...]]
     ) -> Plan | None:
-        """A new plan for these messages, kept for others like them. None: there is none."""
-        plans = rest.plans.get(forms) or []
+        """A new plan for these messages, kept for others like them. None: there is none, or not yet."""
+        plans = rest.plans.get(forms)
+        if plans is None:
+            plans = []
+            if self._plans_made >= max(_PLANS_ON_TRUST, self._plans_used // _USES_THAT_PAY):
+                self._count(_PLAN_BYTES_A_MESSAGE * len(forms))
+                rest.plans[forms] = plans
+                return None
         if len(plans) >= _MAX_SKELETONS_A_SHAPE:
             return None
         new = None
         if all(self._form_hopes.get(name, _HOPELESS_FORM) for name in names):
+            self._plans_made += 1
             chat: ChatRequest = rest.chat
             known = [plain(name) if isinstance(name, str) else _known_form(name) for name in names]
             texts = [(content,) if isinstance(content, str) else content for content in contents]

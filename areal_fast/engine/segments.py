@@ -175,6 +175,9 @@ class SegmentEncoder:
             found = list(map(young.get, segments))
             missing = self._promote(segments, found)
             if missing:
+                least = sum(map(len, missing))
+                if (least if self._pairs is None else least // _PAIRS_FASTER) > work:
+                    return None  # nothing is begun in vain
                 new: dict[str, bytes] = {}
                 for segment in missing:
                     encoded = self._encode_new(segment, work)

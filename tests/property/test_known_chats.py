@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -24,6 +25,14 @@ from tests import token_folders
 from tests.property.test_tokens import FOLDERS, ours, text, tool
 
 SETTINGS = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plans_at_first_sight() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("areal_fast.engine.known._PLANS_ON_TRUST", 1 << 40)
+        yield
+
 
 QWEN3 = r"""{%- if tools %}
     {{- '<|im_start|>system\n' }}
@@ -606,6 +615,23 @@ def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     tools = [{"type": "function", "function": {"name": "f", "description": "d" * 1000}}]
     body = json.dumps({"messages": [{"role": "1", "content": "a"}], "tools": tools}).encode()
     assert check(known, template, tokenizer, body) and len(known._plans) <= 1
+
+
+def test_shapes_that_never_come_again_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal_fast.engine.known._PLANS_ON_TRUST", 8)
+    tokenizer = ours(token_folders.qwen(), 1 << 20)
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}<|im_end|>{% endfor %}"
+    template = ChatTemplate(source, {})
+    known = KnownChats(template, tokenizer.segments, 8192, limit_bytes=1 << 20)
+    bodies = bodies_of_many_shapes(40)
+
+    def taken(some: list[bytes]) -> int:
+        return sum(check(known, template, tokenizer, body) for body in some)
+
+    assert taken(bodies) == 8, "on trust"
+    assert taken(bodies[:20]) == 20 and known._plans_made == 20, "a second time"
+    assert taken(bodies[:10] * 4) == 40
+    assert taken(bodies_of_many_shapes(50)[40:]) == 4, "used 48 times, they may be 24 now"
 
 
 def test_literals_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
