@@ -32,6 +32,7 @@ may change it. One thread, the loop's. Bounded in bytes: messages, parameters, a
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,9 +54,14 @@ from areal_fast.protocol.chat import (
 _MAX_PLAN_BYTES = 4 << 20  # of all plans and what they share, about
 _PLAN_BYTES_A_MESSAGE = 128
 _PLAN_BYTES_A_SHAPE = 300
-_PLAN_BYTES_A_TOOL_BYTE = 8  # key, literals as text and ids
+_PLAN_BYTES_A_LITERAL = 300  # or a context, beside its texts
 _MAX_QUESTIONS = 60  # different ones: they are bits
+_MAX_QUESTION = 1024  # characters: a template's own are short, others come from a request
 _MAX_SKELETONS_A_SHAPE = 8
+# a plan costs as much as two renderings or three, and saves one each time it is used again: where, after so
+# many, they were not used so often each, a shape has to come twice
+_PLANS_ON_TRUST = 64
+_USES_THAT_PAY = 2
 _HOPELESS_FORM = 16  # shapes without a skeleton that a form was in, and none with one
 _HOPELESS = 64  # shapes without a skeleton, and none with one: the template has none
 
@@ -84,6 +90,7 @@ class KnownChats:
         self._contexts: dict[tuple[str, str, str, bool, Any], Context] = {}
         self._literals: dict[str, bytes] = {}
         self._questions: list[tuple[int, Check, str]] = []
+        self._plans_made = self._plans_used = 0
         self._hopes = _HOPELESS
         self._form_hopes: dict[str | bytes, int] = {}  # -1: it was in a skeleton
         self.encode = segments.segment_within
@@ -97,8 +104,12 @@ class KnownChats:
         """The chat in `body`, its messages taken out, and their prompt; see above."""
         if self._cut is None:
             return None
+        made = self._plans_made
         taken = self._messages.take(body, self._work)
-        return None if taken is None else (taken[0], Prompt(taken[1]))
+        if taken is None:
+            return None
+        self._plans_used += made == self._plans_made
+        return taken[0], Prompt(taken[1])
 
     # -- what is new
 
@@ -112,7 +123,7 @@ class KnownChats:
             return None
         plans = self._plans.get(shape)
         if plans is None:
-            self._count(_PLAN_BYTES_A_SHAPE + _PLAN_BYTES_A_TOOL_BYTE * len(shape))
+            self._count(_PLAN_BYTES_A_SHAPE + len(shape))
             plans = self._plans[shape] = {}
         return Rest(chat, plans)
 
@@ -150,10 +161,11 @@ class KnownChats:
         """The ids of a message's texts with what stands between and around them, and how much work that was.
         None: more than `work`, or other special tokens are in it than the template's."""
         assert self._cut is not None
+        texts = (content,) if isinstance(content, str) else content
         parts = [context.before]
         try:
             for how, following in context.inner:
-                parts[-1] += how.shown(content[how.slot.number])
+                parts[-1] += how.shown(texts[how.slot.number])
                 inside = self._cut.split(following)
                 parts[-1] += inside[0]
                 parts += inside[1:]
@@ -178,17 +190,24 @@ class KnownChats:
     def plan(
         self, rest: Rest, forms: bytes, names: list[str | bytes], contents: list[str | tuple[str, ...]]
     ) -> Plan | None:
-        """A new plan for these messages, kept for others like them. None: there is none."""
-        plans = rest.plans.get(forms) or []
+        """A new plan for these messages, kept for others like them. None: there is none, or not yet."""
+        plans = rest.plans.get(forms)
+        if plans is None:
+            plans = []
+            if self._plans_made >= max(_PLANS_ON_TRUST, self._plans_used // _USES_THAT_PAY):
+                self._count(_PLAN_BYTES_A_MESSAGE * len(forms))
+                rest.plans[forms] = plans
+                return None
         if len(plans) >= _MAX_SKELETONS_A_SHAPE:
             return None
         new = None
         if all(self._form_hopes.get(name, _HOPELESS_FORM) for name in names):
+            self._plans_made += 1
             chat: ChatRequest = rest.chat
             known = [plain(name) if isinstance(name, str) else _known_form(name) for name in names]
             texts = [(content,) if isinstance(content, str) else content for content in contents]
             new = self._traced(known, texts, chat.tools, chat.template_kwargs)
-            for name in names:
+            for name in set(names):
                 left = self._form_hopes.get(name, _HOPELESS_FORM)
                 self._form_hopes[name] = -1 if new is not None else max(left - 1, min(left, 0))
         self._count(_PLAN_BYTES_A_MESSAGE * len(forms))
@@ -264,6 +283,8 @@ class KnownChats:
             context = self._contexts.get(key)
             if context is None:
                 context = self._contexts[key] = Context(*key)
+                self._plan_bytes += _PLAN_BYTES_A_LITERAL + sum(map(sys.getsizeof, key[:3]))
+                self._plan_bytes += sum(_PLAN_BYTES_A_LITERAL + sys.getsizeof(text) for _, text in inner[i])
             contexts.append(context)
         return Plan(tuple(contexts), tuple(ids for ids in literals if ids is not None), guards)
 
@@ -274,6 +295,7 @@ class KnownChats:
             if prompt is None:
                 return None
             known = self._literals[text] = prompt.data
+            self._plan_bytes += _PLAN_BYTES_A_LITERAL + sys.getsizeof(text) + len(known)  # plan() looks at it
         return known
 
     def _guards(self, guards: tuple[Guard, ...]) -> tuple[tuple[int, int, int], ...] | None:
@@ -282,7 +304,7 @@ class KnownChats:
         for index, slot, check, text, holds in guards:
             question = slot, check, text
             if question not in self._questions:
-                if len(self._questions) == _MAX_QUESTIONS:
+                if len(self._questions) == _MAX_QUESTIONS or len(text) > _MAX_QUESTION:
                     return None
                 self._questions.append(question)
             bit = 1 << self._questions.index(question)
@@ -292,7 +314,14 @@ class KnownChats:
 
 
 def _none_within_another(tokens: list[str]) -> bool:
-    return not any(a is not b and a in b for a in tokens for b in tokens)
+    known = set(tokens)  # there may be thousands: parts are looked up, not all compared with all
+    return not any(
+        token[start:stop] in known
+        for token in known
+        for start in range(len(token))
+        for stop in range(start + 1, len(token) + 1)
+        if stop - start < len(token)
+    )
 
 
 class _OtherForm(Exception):

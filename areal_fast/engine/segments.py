@@ -32,7 +32,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from tokenizers import AddedToken, Tokenizer
 
 from areal_fast.core._bpe import BytePairs
-from areal_fast.core._tokens import ids_json
 from areal_fast.engine.bpe import Unsupported, byte_pairs
 
 # what an entry costs beside its two buffers: str, bytes object, dictionary slot
@@ -49,12 +48,6 @@ class Prompt:
     def __init__(self, data: bytes) -> None:
         self.data = data
         """int32 ids in native byte order: what the arena stores."""
-
-    @property
-    def json(self) -> bytes:
-        """The ids as JSON for the engine, comma separated, without brackets. Made when asked for: 3 ns an
-        id."""
-        return ids_json(self.data)
 
     @classmethod
     def of(cls, ids: Iterable[int]) -> Prompt:
@@ -186,6 +179,9 @@ class SegmentEncoder:
             found = list(map(young.get, segments))
             missing = self._promote(segments, found)
             if missing:
+                least = sum(map(len, missing))
+                if (least if self._pairs is None else least // _PAIRS_FASTER) > work:
+                    return None  # nothing is begun in vain
                 new: dict[str, bytes] = {}
                 for segment in missing:
                     encoded = self._encode_new(segment, work)

@@ -36,6 +36,7 @@ _ROWS = b'"output_token_logprobs"'
 _ROWS_WERE_HERE = -1
 _MARK = b"-1"
 _SPELLED_KEPT = 256
+_SPELLED_BYTES = 2048  # of one: stop strings may be long
 
 
 class Attempt(msgspec.Struct, gc=False):
@@ -130,7 +131,8 @@ _rows_decoder = msgspec.json.Decoder(list[_Row])
 
 class Spelled:
     """What an adapter wrote for the last Samplings, found by identity: a request's parameters often repeat,
-    and then their Sampling is the same object (sampling.py). Bounded; none with images is kept alive."""
+    and then their Sampling is the same object (sampling.py). Bounded: none with images is kept alive, none
+    that is long."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Sampling, bytes]] = {}
@@ -141,7 +143,7 @@ class Spelled:
 
     def keep(self, sampling: Sampling, text: bytes) -> bytes:
         """`text` again."""
-        if sampling.images is None and sampling.vision_messages is None:
+        if sampling.images is None and sampling.vision_messages is None and len(text) <= _SPELLED_BYTES:
             if len(self._kept) >= _SPELLED_KEPT:
                 self._kept.clear()
             self._kept[id(sampling)] = sampling, text

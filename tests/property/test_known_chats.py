@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from areal_fast.core import BadArgument
 from areal_fast.core._messages import Context, KnownMessages, Message, Plan, Rest, digest, fingerprint
-from areal_fast.engine.known import KnownChats
+from areal_fast.engine.known import KnownChats, _none_within_another
 from areal_fast.engine.skeletons import Tracer, plain
 from areal_fast.engine.templates import ChatTemplate, TemplateFailed
 from areal_fast.engine.tokenizer import HfTokenizer
@@ -24,6 +25,14 @@ from tests import token_folders
 from tests.property.test_tokens import FOLDERS, ours, text, tool
 
 SETTINGS = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plans_at_first_sight() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("areal_fast.engine.known._PLANS_ON_TRUST", 1 << 40)
+        yield
+
 
 QWEN3 = r"""{%- if tools %}
     {{- '<|im_start|>system\n' }}
@@ -142,6 +151,12 @@ CALLS = (
     "{% endfor %}{% if m.tool_call_id %}{{ m.tool_call_id }}{% endif %}<|im_end|>{% endfor %}"
 )
 
+# a content that is written as JSON
+QUOTED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content | tojson }}"
+    "{% if '<' in (m.content or '') %}!{% endif %}<|im_end|>{% endfor %}"
+)
+
 
 @functools.cache
 def with_template(
@@ -165,7 +180,6 @@ def check(known: KnownChats, template: ChatTemplate, tokenizer: HfTokenizer, bod
     messages = with_object_arguments(general.messages) if known.object_arguments else general.messages
     expected = tokenizer.encode(template.render(messages, general.tools, general.template_kwargs))
     assert prompt.data == expected.data, (general.messages, prompt.ids(), expected.ids())
-    assert prompt.json == expected.json
     general.messages = request.messages
     assert request == general
     return True
@@ -235,7 +249,7 @@ def bodies(draw: st.DrawFn, messages: st.SearchStrategy[Any] = message) -> bytes
     return json.dumps(ordered, ensure_ascii=draw(st.booleans()), separators=separators).encode()
 
 
-@pytest.mark.parametrize("source", [QWEN3_CALLS, GLUED, TRIMMED, TIGHT, "qwen2.5", CALLS])
+@pytest.mark.parametrize("source", [QWEN3_CALLS, GLUED, TRIMMED, TIGHT, "qwen2.5", CALLS, QUOTED])
 @pytest.mark.parametrize("limit_bytes", [1 << 20, 3000])
 @pytest.mark.parametrize("objects", [False, True])
 @SETTINGS
@@ -259,7 +273,7 @@ def test_other_families(family: str, body: bytes) -> None:
         check(tokenizer.known, tokenizer.template, tokenizer, body)
 
 
-@pytest.mark.parametrize("source", [QWEN3, token_folders.qwen_folder.CHAT_TEMPLATE])
+@pytest.mark.parametrize("source", [QWEN3, token_folders.qwen_folder.CHAT_TEMPLATE, QUOTED])
 def test_a_growing_conversation_is_taken(source: str) -> None:
     chats = with_template(source, 1 << 20)
     messages = [{"role": "system", "content": "Be brief."}]
@@ -603,6 +617,59 @@ def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check(known, template, tokenizer, body) and len(known._plans) <= 1
 
 
+def test_shapes_that_never_come_again_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal_fast.engine.known._PLANS_ON_TRUST", 8)
+    tokenizer = ours(token_folders.qwen(), 1 << 20)
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}<|im_end|>{% endfor %}"
+    template = ChatTemplate(source, {})
+    known = KnownChats(template, tokenizer.segments, 8192, limit_bytes=1 << 20)
+    bodies = bodies_of_many_shapes(40)
+
+    def taken(some: list[bytes]) -> int:
+        return sum(check(known, template, tokenizer, body) for body in some)
+
+    assert taken(bodies) == 8, "on trust"
+    assert taken(bodies[:20]) == 20 and known._plans_made == 20, "a second time"
+    assert taken(bodies[:10] * 4) == 40
+    assert taken(bodies_of_many_shapes(50)[40:]) == 4, "used 48 times, they may be 24 now"
+
+
+def test_literals_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal_fast.engine.known._MAX_PLAN_BYTES", 200_000)
+    tokenizer = ours(token_folders.qwen(), 1 << 20)
+    source = "{{ tools | tojson }}{% for m in messages %}<think>{{ m.role }}</think>{{ m.content }}<|im_end|>"
+    template = ChatTemplate(source + "{% endfor %}", {})
+    known = KnownChats(template, tokenizer.segments, 1 << 20, limit_bytes=1 << 20)
+    tools = [{"type": "function", "function": {"name": "f", "description": "d " * 4000}}]
+    for i in range(30):
+        body = json.dumps({"messages": [{"role": f"r{i}", "content": "a"}], "tools": tools}).encode()
+        assert check(known, template, tokenizer, body)
+        assert sum(len(text) + len(ids) for text, ids in known._literals.items()) < 200_000
+
+
+def test_questions_are_bounded() -> None:
+    tokenizer = ours(token_folders.qwen(), 1 << 20)
+    source = (
+        "{% for m in messages %}<|im_start|>{{ 'A' if x in m.content else 'B' }}{{ m.content }}<|im_end|>"
+    )
+    template = ChatTemplate(source + "{% endfor %}", {})
+    known = KnownChats(template, tokenizer.segments, 1 << 20, limit_bytes=1 << 20)
+    for size in (1, 1024, 1025, 50_000):
+        said = {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"x": "a" * size}}
+        assert check(known, template, tokenizer, json.dumps(said).encode()) == (size <= 1024)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "none"),
+    [
+        ([], True), (["a"], True), (["a", "b", "ab"], False), (["ab", "abc"], False), (["bc", "abc"], False),
+        (["<ab>", "b"], False), (["abc", "cde"], True), ([f"<unused{i}>" for i in range(6000)], True),
+    ],
+)  # fmt: skip
+def test_tokens_within_another(tokens: list[str], none: bool) -> None:
+    assert _none_within_another(tokens) == none
+
+
 def test_a_template_without_skeletons_is_given_up() -> None:
     tokenizer = ours(token_folders.qwen(), 1 << 20)
     template = ChatTemplate("{% for m in messages %}{{ m.content | length }}{% endfor %}", {})
@@ -627,6 +694,19 @@ def test_a_form_without_skeletons_is_given_up(monkeypatch: pytest.MonkeyPatch) -
         assert check(known, template, tokenizer, json.dumps({"messages": [user] * n}).encode())
         assert not check(known, template, tokenizer, json.dumps({"messages": [*[user] * n, tool]}).encode())
     assert len(traced) == 39 + 16
+
+
+def test_a_long_chat_without_a_skeleton_counts_once() -> None:
+    tokenizer = ours(token_folders.qwen(), 1 << 20)
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}"
+        "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}<|im_end|>{% endfor %}"
+    )
+    template = ChatTemplate(source, {})
+    known = KnownChats(template, tokenizer.segments, 8192, limit_bytes=1 << 20)
+    user, tool = {"role": "user", "content": "a"}, {"role": "tool", "content": "b"}
+    assert known.take(json.dumps({"messages": [*[user] * 40, tool]}).encode()) is None
+    assert check(known, template, tokenizer, json.dumps({"messages": [user]}).encode())
 
 
 def test_texts_that_a_template_looks_into_leave_others_alone() -> None:

@@ -126,3 +126,14 @@ def test_what_is_remembered_of_a_sampling_is_of_no_other() -> None:
                         assert (said.get("max_new_tokens") or said.get("max_tokens")) == asked
                         assert said.get("sampling_seed", said.get("seed")) == round
                         assert body["stream"] is stream
+
+
+@pytest.mark.parametrize("adapter", [SGLang(), VLLM()])
+def test_what_is_remembered_of_samplings_is_bounded(adapter: SGLang | VLLM) -> None:
+    for i in range(600):
+        long = Sampling(max_new_tokens=9, stop_token_ids=(1,), stop=(f"{i}" * 2000,))
+        for sampling in (long, Sampling(max_new_tokens=i + 1, stop_token_ids=(1,))):
+            body = adapter.generate(b"", sampling, sampling.max_new_tokens, stream=False).body
+            assert body == type(adapter)().generate(b"", sampling, sampling.max_new_tokens, stream=False).body
+    kept = adapter._spelled[False]._kept
+    assert 0 < len(kept) <= 256 and all(len(text) < 4096 for _, text in kept.values())
