@@ -82,10 +82,6 @@ class _Parser:
         """Nothing of a message is here: the connection may be closed without loss."""
         return self._state == _HEAD and self._at == len(self._buffer)
 
-    @property
-    def in_body(self) -> bool:
-        return _HEAD < self._state < _FINISHED
-
     def feed(self, data: bytes) -> None:
         if self._state == _DEAD:
             return

@@ -110,10 +110,6 @@ class Folded:
 
     @property
     def ready_count(self) -> int: ...
-    @property
-    def active_only(self) -> bool:
-        """No ready trajectory and no late interaction."""
-
     def interaction_count(self) -> int: ...
     @property
     def has_ready(self) -> bool: ...

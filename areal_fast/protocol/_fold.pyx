@@ -288,7 +288,7 @@ cdef class Folded:
         memcpy(&index, meta, 4)
         memcpy(&ordinal, meta + 4, 4)
         i = self.at(ordinal)
-        if i >= 0 and self.is_of(self.items + i, index):
+        if i >= 0 and self.items[i].head.trajectory == index:  # late or not: when it became so is not in the log
             self.items[i].fate = <uint8_t> meta[8]
         return 0
 
@@ -380,10 +380,6 @@ cdef class Folded:
                 two[n] = i
                 n += 1
         return n
-
-    @property
-    def active_only(self):
-        return self.active_count == self.count and self.closed_count == 0
 
     @property
     def ready_count(self):

@@ -104,11 +104,6 @@ def pack_reward(
     return _REWARD.pack(trajectory, ordinal, value, deadline_ns, courier)
 
 
-def unpack_reward(meta: bytes) -> tuple[int, int, float, int, int]:
-    trajectory, ordinal, value, deadline_ns, courier = _REWARD.unpack(meta)
-    return trajectory, ordinal, value, deadline_ns, courier
-
-
 def pack_ready(trajectory: int, courier: int = NO_COURIER) -> bytes:
     return _READY.pack(trajectory, courier)
 
@@ -147,21 +142,10 @@ def pack_sent(trajectory: int, ordinal: int, fate: int) -> bytes:
     return _SENT.pack(trajectory, ordinal, fate)
 
 
-def unpack_sent(meta: bytes) -> tuple[int, int, int]:
-    trajectory, ordinal, fate = _SENT.unpack(meta)
-    return trajectory, ordinal, fate
-
-
 def pack_string(ordinal: int, trajectory: int, interaction_id: str, messages_size: int) -> bytes:
     """Meta of a STRING record; `messages_size` bytes of its data are the messages, the rest the response."""
     iid = interaction_id.encode()
     return _STRING.pack(ordinal, trajectory, messages_size, len(iid)) + iid
-
-
-def unpack_string(meta: bytes) -> tuple[int, int, str, int]:
-    """(ordinal, trajectory, interaction id, bytes of messages)."""
-    ordinal, trajectory, messages_size, nid = _STRING.unpack_from(meta)
-    return ordinal, trajectory, meta[_STRING.size : _STRING.size + nid].decode(), messages_size
 
 
 class Exporting(msgspec.Struct, array_like=True):

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from areal_fast.core._core import Arena
 
-PREFIX_CHARS = 28
-
 
 class BundleMeta(msgspec.Struct, array_like=True, tag_field="form", tag="bundle"):
     """kind "each": part = row · names + name, tensors [1, T]. "batch": part = name, tensors [B, T]. v2: there

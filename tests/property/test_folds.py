@@ -220,9 +220,8 @@ class Log:
             if committed:
                 model.exported(index, taken)
             mine = model.lives.get(ordinal)
-            here = mine is not None and ordinal not in model.late
         fate = chance.choice((retries.LOST, retries.ARRIVED))
-        if here and mine is not None and mine.trajectory == trajectory:
+        if mine is not None and mine.trajectory == trajectory:
             mine.fate = fate
         return self.record(rec.SENT, rec.pack_sent(trajectory, ordinal, fate))
 

@@ -11,10 +11,11 @@ from collections import OrderedDict
 import pytest
 
 from areal_fast.errors import InteractionNotFound
-from areal_fast.protocol.retries import Asked
+from areal_fast.protocol.messages import ExportRequest
+from areal_fast.protocol.retries import LOST, Asked
 from areal_fast.store import Session, SessionStore
 from areal_fast.store.folds import FoldCache
-from tests.unit.store.turns import started, take
+from tests.unit.store.turns import commit, started, take
 
 
 def test_the_least_recently_used_folds_go(store: SessionStore) -> None:
@@ -189,3 +190,19 @@ def test_a_session_that_cannot_be_read_is_not_held(
     with pytest.raises(ZeroDivisionError):
         store.hitl()
     assert before and not store.arena.slot_info(slot).pins
+
+
+def test_a_fold_does_not_depend_on_when_it_was_read(store: SessionStore) -> None:
+    """A note about a turn that came while its trajectory was exported: read before and after the outcome."""
+    with started(store) as session:
+        late = session.begin_turn(reserve_tokens=0)
+        take(session, [1, 2], [3])
+        session.set_reward(1.0)
+        export = store.begin_export(ExportRequest(session_ids=[session.session_id]))
+        commit(late, [1], [2])
+        session.fate((late.trajectory, late.ordinal))(False)
+        read_on = session.state
+        export.delivered()
+        for state in (session.state, FoldCache(store.arena).refresh(session.slot)):
+            assert [(i.ordinal, i.fate) for i in state.late.values()] == [(late.ordinal, LOST)]
+        assert read_on is session.state
