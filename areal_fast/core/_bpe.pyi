@@ -38,8 +38,8 @@ class BytePairs:
         """The ids as int32. None: this text is not for here, since it has a character of no class, a lone
         surrogate or a word of more than 1 MiB, or is long and has to be normalized."""
     def take_spelled(self) -> tuple[bytes, bytes] | None:
-        """What core._tokens.TokenBytes takes: where each id's bytes begin, uint32 [ids + 1], and all bytes; an
-        id whose spelling is no bytes has none. None the second time: it is given away."""
+        """What core._tokens.TokenBytes takes: where each id's bytes begin, uint32 [ids + 1], and all bytes;
+        an id whose spelling is no bytes has none. None the second time: it is given away."""
 
     @property
     def size_bytes(self) -> int:

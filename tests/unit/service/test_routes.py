@@ -11,7 +11,7 @@ import pytest
 
 from areal_fast.core import ArenaFull, IndexBusy
 from areal_fast.engine.errors import EngineError
-from areal_fast.service import auth
+from areal_fast.service import auth, health
 from tests.unit.service.conftest import ADMIN, Service
 from tests.unit.service.fakes import FakeExchange, run
 
@@ -385,6 +385,29 @@ def test_registering_from_afar_needs_the_admin_key(service: Service) -> None:
 
 
 # -- health and faults -------------------------------------------------------------------------------------
+def test_a_count_of_many_sessions_stands_for_a_while(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0]
+    counts = iter([health.MANY_SESSIONS - 1, health.MANY_SESSIONS, 100_000, 3, 4])
+    monkeypatch.setattr(health.time, "monotonic_ns", lambda: clock[0])
+    monkeypatch.setattr(service.store, "sessions_count", lambda: next(counts))
+
+    def sessions(after_ns: int) -> int:
+        clock[0] += after_ns
+        found: int = service.ask("GET", "/health").json["sessions"]
+        return found
+
+    many = health.MANY_SESSIONS
+    assert [sessions(0), sessions(0)] == [many - 1, many], "few are counted each time"
+    stands = health.COUNT_STANDS_NS * many
+    assert [sessions(stands - 1), sessions(1)] == [many, 100_000]
+    stands = health.COUNT_STANDS_NS * 100_000
+    assert [sessions(stands - 1), sessions(1), sessions(stands)] == [100_000, 3, 4], (
+        "slots have become no fewer"
+    )
+
+
 def test_health_begins_with_the_recorded_fields(service: Service) -> None:
     service.start()
     service.ask("POST", "/set_version", {"version": 4})
