@@ -107,7 +107,7 @@ def conversation_length(result: Result) -> Iterator[Row]:
 def growth(result: Result) -> Iterator[Row]:
     parts = result["parts"]
     for part, key, unit, costs in (
-        ("sessions", "live", "live sessions", ("turn_beside_few", "start_beside_few")),
+        ("sessions", "live", "live sessions", ("turn_beside_few", "start_beside_few", "health_beside_few")),
         ("turns", "turns", "turns in a session", ("beside_young",)),
         ("shards", "shards", "shards", ("put_us", "get_us")),
     ):

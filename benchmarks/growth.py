@@ -3,7 +3,7 @@ idle costs.
 
     python -m benchmarks growth [--quick] [--part sessions|turns|shards|task|memory|idle …]
 
-  sessions  CPU a chat turn and a start with 1,000 … 100,000 live sessions, beside a proxy with few
+  sessions  CPU a chat turn, a start and /health with 1,000 … 100,000 live sessions, beside a proxy with few
   turns     CPU a turn in one session of 10 … 1,000 turns (each turn says one thing more than the last)
   shards    CPU a put and a get with 1,000 … 1,000,000 shards, in one process over the store (no HTTP)
   task      the 4,000th start_session of one task_id beside the first hundreds
@@ -33,6 +33,7 @@ from benchmarks.targets import ADMIN, Target, engine, proxy, step_aside
 ARENA_BYTES = 2 << 30
 PROBE = 1500
 """Requests by which a cost is measured: about half a second of CPU."""
+ASKED = ("start", "turn", "health")
 
 
 @contextlib.contextmanager
@@ -63,8 +64,8 @@ def grown(points: list[dict[str, float]], *costs: str) -> dict[str, Any]:
 
 
 def sessions(quick: bool) -> dict[str, Any]:
-    """A chat turn and a start with more and more sessions live, in turns with the same on a proxy that has
-    few: the machine may change its pace in the minutes that this takes."""
+    """A chat turn, a start and /health with more and more sessions live, in turns with the same on a proxy
+    that has few: the machine may change its pace in the minutes that this takes."""
     points, live, probe, pieces = [], 50, PROBE // (5 if quick else 1), 5
     arena = ("--arena-max-bytes", str(ARENA_BYTES))
     with (
@@ -79,9 +80,7 @@ def sessions(quick: bool) -> dict[str, Any]:
         for wanted in (1_000, 3_000) if quick else (1_000, 10_000, 30_000, 100_000):
             many.run(starts("crowd", range(live, wanted - probe - 50)))
             fresh = [(one, [key for _, key in one.sessions(50)]) for one in (many, few)]
-            costs: dict[str, list[float]] = {
-                name: [] for name in ("start_ms", "turn_ms", "few_start_ms", "few_turn_ms")
-            }
+            costs: dict[str, list[float]] = {f"{few}{name}_ms": [] for few in ("", "few_") for name in ASKED}
             for piece in range(pieces):
                 numbers = range(wanted + piece * probe // pieces, wanted + (piece + 1) * probe // pieces)
                 for one, keys in fresh[:: -1 if piece % 2 else 1]:
@@ -89,17 +88,20 @@ def sessions(quick: bool) -> dict[str, Any]:
                     costs[f"{prefix}start_ms"].append(cost_ms(one, starts("probe", numbers)))
                     turns_asked = [chat(talk[i % 8], keys[i % 50]) for i in range(probe // pieces)]
                     costs[f"{prefix}turn_ms"].append(cost_ms(one, turns_asked))
+                    costs[f"{prefix}health_ms"].append(cost_ms(one, [load.request("GET", "/health")] * probe))
             live = wanted
             point = {name: statistics.median(found) for name, found in costs.items()}
-            for name in ("start", "turn"):
+            for name in ASKED:
                 pairs = zip(costs[f"{name}_ms"], costs[f"few_{name}_ms"], strict=True)
                 point[f"{name}_beside_few"] = statistics.median(a / b for a, b in pairs)
             points.append({"live": wanted} | point)
             said(
-                f"{wanted:7} sessions: start {point['start_ms']:.3f} ms, turn {point['turn_ms']:.3f} ms; "
-                f"{point['start_beside_few']:.2f} and {point['turn_beside_few']:.2f} of those with few"
+                f"{wanted:7} sessions: "
+                + ", ".join(f"{name} {point[f'{name}_ms']:.3f} ms" for name in ASKED)
+                + "; beside few "
+                + ", ".join(f"{point[f'{name}_beside_few']:.2f}" for name in ASKED)
             )
-    return grown(points, "start_beside_few", "turn_beside_few")
+    return grown(points, *(f"{name}_beside_few" for name in ASKED))
 
 
 def turns(quick: bool) -> dict[str, Any]:

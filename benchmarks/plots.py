@@ -149,7 +149,12 @@ def scaling(plt: Any, result: Result) -> Any:
 
 def growth(plt: Any, result: Result) -> Any:
     wanted = [
-        ("sessions", "live", {"turn_beside_few": "turn", "start_beside_few": "start"}, "live sessions"),
+        (
+            "sessions",
+            "live",
+            {"turn_beside_few": "turn", "start_beside_few": "start", "health_beside_few": "/health"},
+            "live sessions",
+        ),
         ("turns", "turns", {"beside_young": "turn"}, "turns in one session"),
         ("shards", "shards", {"put_us": "put", "get_us": "get"}, "shards"),
     ]
