@@ -217,3 +217,18 @@ bool af_http_read_reply(const char *text, size_t size, size_t most, af_http_head
     out->line = (uint32_t)at;
     return read_fields(text, size, at + 2, &seen, out) && (seen & (1U << AF_HTTP_CONTENT_LENGTH));
 }
+
+size_t af_http_write_length(char *to, int64_t size) {
+    static const char name[] = "content-length: ";
+    char digits[20];
+    size_t count = 0, at = sizeof name - 1;
+    memcpy(to, name, at);
+    do {
+        digits[count++] = (char)('0' + size % 10);
+        size /= 10;
+    } while (size);
+    while (count) to[at++] = digits[--count];
+    to[at++] = '\r';
+    to[at++] = '\n';
+    return at;
+}

@@ -65,4 +65,7 @@ bool af_http_read_head(const char *text, size_t size, size_t most, af_http_head 
 /* As af_http_read_head, for the head of a reply to a request that was no HEAD. */
 bool af_http_read_reply(const char *text, size_t size, size_t most, af_http_head *out);
 
+/* Write "content-length: SIZE\r\n", at most 37 bytes; how many it were. `size` is not negative. */
+size_t af_http_write_length(char *to, int64_t size);
+
 #endif

@@ -25,7 +25,7 @@ from libc.stdint cimport int64_t
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from areal_fast.http._native cimport af_http_head, af_http_read_reply
+from areal_fast.http._native cimport af_http_head, af_http_read_reply, af_http_write_length
 
 cdef enum:
     JOIN_BELOW = 65536      # a body up to here is copied behind its head rather than sent as a second buffer
@@ -237,7 +237,7 @@ cdef bytes message_of(bytes start, bint has_body, int64_t size, bytes body):
     cdef char framing[FRAMING_BYTES]
     cdef Py_ssize_t framing_len = 0, start_len = PyBytes_GET_SIZE(start), body_len = PyBytes_GET_SIZE(body)
     if has_body:
-        framing_len = write_length(framing, size)
+        framing_len = <Py_ssize_t> af_http_write_length(framing, size)
     memcpy(framing + framing_len, b"\r\n", 2)
     framing_len += 2
     cdef bytes whole = PyBytes_FromStringAndSize(NULL, start_len + framing_len + body_len)
@@ -246,24 +246,6 @@ cdef bytes message_of(bytes start, bint has_body, int64_t size, bytes body):
     memcpy(to + start_len, framing, framing_len)
     memcpy(to + start_len + framing_len, PyBytes_AS_STRING(body), body_len)
     return whole
-
-
-cdef Py_ssize_t write_length(char *to, int64_t size) noexcept:
-    cdef char digits[20]
-    cdef Py_ssize_t count = 0, at = 16
-    memcpy(to, b"content-length: ", 16)
-    while True:
-        digits[count] = <char> (48 + size % 10)
-        count += 1
-        size //= 10
-        if size == 0:
-            break
-    while count:
-        count -= 1
-        to[at] = digits[count]
-        at += 1
-    memcpy(to + at, b"\r\n", 2)
-    return at + 2
 
 
 cdef class Link:

@@ -31,3 +31,4 @@ cdef extern from "http_head.h" nogil:
 
     c_bool af_http_read_head(const char *text, size_t size, size_t most, af_http_head *out)
     c_bool af_http_read_reply(const char *text, size_t size, size_t most, af_http_head *out)
+    size_t af_http_write_length(char *to, int64_t size)

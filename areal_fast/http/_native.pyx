@@ -650,7 +650,7 @@ cdef bytes joined(bytes start, int64_t size, bytes end, bytes body):
     cdef Py_ssize_t start_len = PyBytes_GET_SIZE(start), end_len = PyBytes_GET_SIZE(end)
     cdef Py_ssize_t body_len = 0 if body is None else PyBytes_GET_SIZE(body)
     if size >= 0:
-        length_len = write_length(length, size)
+        length_len = <Py_ssize_t> af_http_write_length(length, size)
     cdef bytes whole = PyBytes_FromStringAndSize(NULL, start_len + length_len + end_len + body_len)
     cdef char *to = PyBytes_AS_STRING(whole)
     memcpy(to, PyBytes_AS_STRING(start), start_len)
@@ -661,21 +661,3 @@ cdef bytes joined(bytes start, int64_t size, bytes end, bytes body):
     if body_len:
         memcpy(to + end_len, PyBytes_AS_STRING(body), body_len)
     return whole
-
-
-cdef Py_ssize_t write_length(char *to, int64_t size) noexcept:
-    cdef char digits[20]
-    cdef Py_ssize_t count = 0, at = 16
-    memcpy(to, b"content-length: ", 16)
-    while True:
-        digits[count] = <char> (48 + size % 10)
-        count += 1
-        size //= 10
-        if size == 0:
-            break
-    while count:
-        count -= 1
-        to[at] = digits[count]
-        at += 1
-    memcpy(to + at, b"\r\n", 2)
-    return at + 2
